@@ -1,0 +1,365 @@
+"""One prompt, many continuations: the prompt runs once into a differentiable cache, short branches read it.
+
+A training step asks three questions about one prompt x: prior `[x, L]`, posterior `[x, y, L]`, decode `[x, z, y]`. What
+x computes does not depend on what follows it, so [`SharedPrompt`] runs x once and each continuation as a branch that
+reads the cache and never changes it. [`RepeatedPrompt`] is the reference: one whole forward per continuation, with the
+images encoded once. Both prepare their inputs with the backbone's own generation methods, so no family is named here.
+
+Shapes: B batch, P prompt, N continuation, S = P + N, K injected latents, D model size, V vocabulary.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import logging
+import threading
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+# Private names of transformers that this file and generation_amvl.py call; all have been there since 5.2 or earlier.
+for _name in (
+    "_prefill",
+    "_prepare_cache_for_generation",
+    "_prepare_multimodal_encoder_kwargs_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_supports_mm_encoder_outputs",
+    "_update_model_kwargs_for_generation",
+):
+    if not hasattr(GenerationMixin, _name):
+        raise ImportError(f"This release of transformers has no `GenerationMixin.{_name}`, which AMVL drives models with.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A cache that a forward reads and never changes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _copied_state(layer):
+    """The attributes of a cache layer such that writing to the copy leaves the layer as it is."""
+    written_in_place = isinstance(layer, StaticLayer)
+    state = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # conv and recurrent states, which native updates write in place
+            value = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
+        elif written_in_place and torch.is_tensor(value):
+            value = value.clone()
+        state[name] = value
+    return state
+
+
+def _frozen_update(native_class, name):
+    native_update = getattr(native_class, name)
+    signature = inspect.signature(native_update)
+
+    @functools.wraps(native_update)
+    def update(self, *args, **kwargs):
+        call = (name, signature.bind(self, *args, **kwargs).arguments.get("state_idx", 0))
+        if call in self.frozen_calls:
+            # The backward pass recomputes a checkpointed layer: it must see what the forward saw, and leave no trace.
+            layer = _thaw(self)
+        else:
+            self.frozen_calls.add(call)
+            layer = self.frozen_after = self.frozen_after or _thaw(self)
+        return native_update(layer, *args, **kwargs)
+
+    return update
+
+
+@functools.cache
+def _frozen_class(native_class):
+    """A subclass whose every `update*` works on a copy, so that questions are answered from the state at the start."""
+    updates = {
+        name: _frozen_update(native_class, name)
+        for name in dir(native_class)
+        if name.startswith("update") and callable(getattr(native_class, name))
+    }
+    # transformers registers layer classes by `_layer_type`; the subclass must not take its parent's place there.
+    return type(f"Frozen{native_class.__name__}", (native_class,), {"_layer_type": None, "native": native_class, **updates})
+
+
+def _freeze(layer):
+    frozen_class = _frozen_class(type(layer))
+    frozen = frozen_class.__new__(frozen_class)
+    vars(frozen).update(_copied_state(layer), frozen_calls=set(), frozen_after=None)
+    return frozen
+
+
+def _thaw(frozen):
+    layer = frozen.native.__new__(frozen.native)
+    state = _copied_state(frozen)
+    del state["frozen_calls"], state["frozen_after"]
+    vars(layer).update(state)
+    return layer
+
+
+def freeze_cache(cache):
+    """
+    A cache in the state of `cache` that a forward and its recomputation under gradient checkpointing never change.
+
+    Args:
+        cache (`Cache`): stays as it is, whatever is done with the result. Tensors are shared, gradients flow.
+
+    Returns:
+        `Cache`: of the same class, made of the same layer classes' own `update` methods.
+    """
+    frozen = copy.copy(cache)
+    frozen.layers = [_freeze(layer) for layer in cache.layers]
+    if cache.layer_class_to_replicate is not None:
+        native_class = cache.layer_class_to_replicate
+        frozen.layer_class_to_replicate = lambda: _freeze(native_class())
+    return frozen
+
+
+def thaw_cache(frozen):
+    """The native cache as a forward through `frozen` would have left it."""
+    cache = copy.copy(frozen)
+    cache.layers = [layer.frozen_after or _thaw(layer) for layer in frozen.layers]
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and replacing what passes through the backbone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Tap:
+    """What one forward of the backbone let through: final hidden states `(B, N, D)` and how often latents went in."""
+
+    def __init__(self):
+        self.hidden = None
+        self.injections = 0
+
+
+@contextlib.contextmanager
+def tapped(backbone, shape, head_slice, latents=None, latents_start=0):
+    """
+    While open, one forward of `backbone` hands out its final hidden states and takes in `latents`.
+
+    Args:
+        backbone (`PreTrainedModel`): the stock model.
+        shape (`tuple[int, int]`): (B, N) of the `input_ids` of that forward.
+        head_slice (`slice`): the positions whose logits are computed.
+        latents (`torch.Tensor`, *optional*): `(B, K, D)`, replaces the embeddings from position `latents_start` on.
+
+    Raises:
+        RuntimeError: the hidden states did not come by, or the latents did not enter exactly once.
+    """
+    tap, thread = _Tap(), threading.get_ident()
+
+    def read_hidden(module, args):
+        if threading.get_ident() == thread and args and args[0].shape[:2] == shape:
+            tap.hidden = args[0]
+            return (args[0][:, head_slice], *args[1:])
+
+    def inject(module, args, output):
+        if threading.get_ident() == thread and output.shape[:2] == shape:
+            tap.injections += 1
+            stop = latents_start + latents.shape[1]
+            entered = latents.to(output.device, output.dtype)
+            return torch.cat([output[:, :latents_start], entered, output[:, stop:]], dim=1)
+
+    hooks = [backbone.get_output_embeddings().register_forward_pre_hook(read_hidden)]
+    if latents is not None:
+        hooks.append(backbone.get_input_embeddings().register_forward_hook(inject))
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if tap.hidden is None:
+        raise RuntimeError(
+            f"`{type(backbone).__name__}` did not pass its hidden states {tuple(shape)} through `get_output_embeddings()`."
+        )
+    if latents is not None and tap.injections != 1:
+        raise RuntimeError(
+            f"The latents entered `{type(backbone).__name__}` {tap.injections} times instead of once: its forward does "
+            "not embed `input_ids` through `get_input_embeddings()` exactly once."
+        )
+
+
+@contextlib.contextmanager
+def _cache_under_checkpointing(backbone):
+    """Lets checkpointed layers keep the cache, which transformers takes away because a native cache would grow twice."""
+    checkpointed = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
+    # A whole model with the flag turns `use_cache` off; its layers do the checkpointing.
+    models = [module for module in checkpointed if isinstance(module, PreTrainedModel)]
+    # It would say that the cache was switched off, which is just what does not happen here.
+    layer_logger = logging.getLogger("transformers.modeling_layers")
+    level = layer_logger.level
+    layer_logger.setLevel(logging.ERROR)
+    for layer in layers:
+        _refuse_reentrant(layer._gradient_checkpointing_func)
+        layer._can_checkpoint_with_cache = True
+    for model in models:
+        model.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+        for model in models:
+            model.gradient_checkpointing = True
+        layer_logger.setLevel(level)
+
+
+def _refuse_reentrant(checkpoint_function):
+    if getattr(checkpoint_function, "keywords", {}).get("use_reentrant"):
+        raise ValueError(
+            "`use_reentrant=True` recomputes layers without the prompt's cache: enable gradient checkpointing with "
+            "`{'use_reentrant': False}`."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuing a prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_prompt(backbone, input_ids, inputs):
+    """The model's keyword arguments for a prompt as `generate` would start with them: positions added, mask explicit."""
+    model_kwargs = {key: value for key, value in inputs.items() if value is not None}
+    model_kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        model_kwargs["position_ids"] = backbone._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
+    return model_kwargs
+
+
+def extend_model_kwargs(backbone, model_kwargs, outputs, length, num_new_tokens):
+    """
+    The keyword arguments for `num_new_tokens` more tokens after `length`, as `generate` would grow them one by one.
+
+    The backbone grows them by one token; that last step is then repeated, positions counting on, so that the cost does
+    not depend on the number of tokens.
+    """
+    one_more = backbone._update_model_kwargs_for_generation(outputs, dict(model_kwargs), is_encoder_decoder=False)
+    extended = dict(one_more)
+    for key, new in one_more.items():
+        old = model_kwargs.get(key)
+        if not (torch.is_tensor(new) and torch.is_tensor(old) and new.ndim == old.ndim):
+            continue
+        grown = [dim for dim in range(new.ndim) if new.shape[dim] == old.shape[dim] + 1]
+        if grown and num_new_tokens > 1:
+            last = new.narrow(grown[0], -1, 1)
+            steps = [1] * new.ndim
+            steps[grown[0]] = num_new_tokens - 1
+            more = last.expand(*[n if d == grown[0] else -1 for d, n in enumerate(steps)])
+            if key == "position_ids":
+                more = more + torch.arange(1, num_new_tokens, device=new.device, dtype=new.dtype).view(steps)
+            extended[key] = torch.cat([new, more], dim=grown[0])
+        elif not grown and key.endswith(("token_type_ids", "position_mask")) and new.shape[-1] == length:
+            # Per-token inputs that transformers forgets to grow: what follows a prompt is plain text.
+            extended[key] = torch.nn.functional.pad(new, (0, num_new_tokens))
+    return extended
+
+
+class _Prompt:
+    """A prompt that can be continued; the two subclasses differ in what they run again."""
+
+    def __init__(self, backbone, input_ids, inputs):
+        self.backbone = backbone
+        self.input_ids = input_ids
+        self.length = input_ids.shape[1]
+        self.model_kwargs = prepare_prompt(backbone, input_ids, inputs)
+
+    def branch(self, ids, mask, latents=None, num_predicted=0):
+        """
+        Continues every row of the prompt.
+
+        Args:
+            ids (`torch.LongTensor`): `(B, N)` token ids of the continuation, right-padded.
+            mask (`torch.LongTensor`): `(B, N)`, 0 where `ids` is padding.
+            latents (`torch.Tensor`, *optional*): `(B, K, D)`, replaces the embeddings of the first K tokens.
+            num_predicted (`int`, defaults to 0): how many of the last tokens get logits.
+
+        Returns:
+            `tuple`: final hidden states `(B, N, D)`, and the logits `(B, num_predicted, V)` that predict the last
+            `num_predicted` tokens from what precedes each, or `None`.
+        """
+        raise NotImplementedError
+
+    def _extended(self, outputs, ids, mask):
+        extended = extend_model_kwargs(self.backbone, self.model_kwargs, outputs, self.length, ids.shape[1])
+        attention_mask = self.model_kwargs["attention_mask"]
+        extended["attention_mask"] = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
+        return torch.cat([self.input_ids, ids], dim=1), extended
+
+
+class SharedPrompt(_Prompt):
+    """The prompt runs once into a differentiable cache; each branch is a short forward that reads it."""
+
+    def __init__(self, backbone, input_ids, inputs):
+        super().__init__(backbone, input_ids, inputs)
+        cache = freeze_cache(DynamicCache(config=backbone.config.get_text_config(decoder=True)))
+        self.model_kwargs["use_cache"] = True
+        model_inputs = backbone.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=True, **{**self.model_kwargs, "past_key_values": cache}
+        )
+        with tapped(backbone, input_ids.shape, slice(-1, None)), _cache_under_checkpointing(backbone):
+            self.outputs = backbone(**model_inputs, return_dict=True)
+        self.cache = thaw_cache(cache)
+        self.last_logits = self.outputs.logits  # (B, 1, V)
+
+    @classmethod
+    def resume(cls, backbone, input_ids, model_kwargs, outputs, cache):
+        """A prompt that has already run into `cache`, with the keyword arguments of its `generate`."""
+        prompt = cls.__new__(cls)
+        prompt.backbone, prompt.input_ids, prompt.length = backbone, input_ids, input_ids.shape[1]
+        prompt.model_kwargs = {key: value for key, value in model_kwargs.items() if key != "logits_to_keep"}
+        if prompt.model_kwargs.get("attention_mask") is None:
+            prompt.model_kwargs["attention_mask"] = torch.ones_like(input_ids)
+        prompt.outputs, prompt.cache = outputs, cache
+        prompt.last_logits = outputs.logits[:, -1:]
+        return prompt
+
+    def branch(self, ids, mask, latents=None, num_predicted=0):
+        length = ids.shape[1]
+        if length == 1:  # one token takes the decoding path, on which two hybrid families write their states in place
+            ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
+        full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
+        model_kwargs["past_key_values"] = freeze_cache(self.cache)
+        model_inputs = self.backbone.prepare_inputs_for_generation(
+            full_ids, next_sequence_length=ids.shape[1], is_first_iteration=False, **model_kwargs
+        )
+        start = max(length - num_predicted - 1, 0)
+        head_slice = slice(start, max(length - 1, 1)) if num_predicted else slice(0, 1)
+        with tapped(self.backbone, ids.shape, head_slice, latents) as tap, _cache_under_checkpointing(self.backbone):
+            outputs = self.backbone(**model_inputs, return_dict=True)
+        hidden = tap.hidden[:, :length]
+        if num_predicted == 0:
+            return hidden, None
+        if num_predicted < length:
+            return hidden, outputs.logits
+        logits = self.last_logits if length == 1 else torch.cat([self.last_logits, outputs.logits], dim=1)
+        return hidden, logits
+
+
+class RepeatedPrompt(_Prompt):
+    """The reference: every continuation is one whole forward, with the images encoded once."""
+
+    def __init__(self, backbone, input_ids, inputs):
+        super().__init__(backbone, input_ids, inputs)
+        self.model_kwargs["use_cache"] = False
+        if backbone._supports_mm_encoder_outputs():
+            self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)
+        self.outputs = CausalLMOutputWithPast()
+        self.outputs.image_hidden_states = None  # Idefics reads it when it grows its keyword arguments
+
+    def branch(self, ids, mask, latents=None, num_predicted=0):
+        full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
+        model_inputs = self.backbone.prepare_inputs_for_generation(full_ids, is_first_iteration=True, **model_kwargs)
+        stop = full_ids.shape[1]
+        head_slice = slice(stop - num_predicted - 1, stop - 1) if num_predicted else slice(0, 1)
+        with tapped(self.backbone, full_ids.shape, head_slice, latents, self.length) as tap:
+            outputs = self.backbone(**model_inputs, return_dict=True)
+        return tap.hidden[:, self.length :], outputs.logits if num_predicted else None
+
+
+PLANS = {"auto": SharedPrompt, "shared": SharedPrompt, "full": RepeatedPrompt}

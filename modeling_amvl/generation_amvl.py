@@ -1,0 +1,144 @@
+"""Latents first, then the stock `generate`: the prompt, k latent positions, and the answer share one cache.
+
+`generate` runs the backbone's own decoding loops. Only the prefill differs: after the prompt it adds the latents to the
+cache, so that ids, streamers, processors and stopping criteria see the prompt and the answer and never a latent.
+
+Shapes: B rows of the prompt, R rows of the decoding loop (B times beams or returned sequences), P prompt, K latents.
+"""
+
+import functools
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .branching_amvl import SharedPrompt, extend_model_kwargs, tapped
+from .latents_amvl import draw_noise, sample_latents
+
+
+# What `generate` cannot do with latents in the cache, and why.
+REFUSED_ARGUMENTS = {
+    "assistant_model": "assisted decoding rolls the cache back over the latents",
+    "prompt_lookup_num_tokens": "assisted decoding rolls the cache back over the latents",
+    "custom_generate": "a decoding loop of your own would not read the latents",
+    "past_key_values": "a given cache holds no latents",
+    "inputs_embeds": "the prompt is needed as `input_ids`",
+}
+
+
+class LatentDecoding:
+    """
+    Puts the latents between a prompt and its answer, once per call of `generate`.
+
+    Args:
+        model ([`AMVLForConditionalGeneration`]): owner of the heads.
+        num_rows (`int`): B.
+        latents (`torch.Tensor`, *optional*): `(B, K, Z)` or `(R, K, Z)`, used instead of the prior's.
+        temperature (`float`): of the prior's sample.
+        generator (`torch.Generator`, *optional*): source of the noise.
+        noise_per_sequence (`bool`): whether each of R rows draws its own noise, or the rows of a prompt share one.
+    """
+
+    def __init__(self, model, num_rows, latents, temperature, generator, noise_per_sequence):
+        self.model = model
+        self.num_rows = num_rows
+        self.latents = latents
+        self.temperature = temperature
+        self.generator = generator
+        self.noise_per_sequence = noise_per_sequence
+        self.num_prompt_tokens = None
+        self.decoded_latents = None
+
+    def placeholders(self, num_rows, device):
+        """Ids `(num_rows, K)` of the latent placeholder."""
+        config = self.model.config
+        return torch.full((num_rows, config.num_latents), config.latent_token_id, dtype=torch.long, device=device)
+
+    def choose(self, prompt, num_rows):
+        """The latents `(R, K, Z)` of this call: the given ones, or a sample of the prior."""
+        repeats = num_rows // self.num_rows
+        if self.latents is not None:
+            latents = self.latents.to(prompt.input_ids.device)
+            return latents if latents.shape[0] == num_rows else latents.repeat_interleave(repeats, dim=0)
+        placeholders = self.placeholders(num_rows, prompt.input_ids.device)
+        hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
+        mean, log_variance = self.model.prior_head(hidden)
+        noise = None
+        if self.temperature != 0:
+            rows = num_rows if self.noise_per_sequence else self.num_rows
+            noise = draw_noise(mean, rows, self.generator).repeat_interleave(num_rows // rows, dim=0)
+        return sample_latents(mean, log_variance, self.temperature, noise=noise)
+
+
+class LatentDecodingMixin:
+    """Mixed in before a backbone's class: its own `generate`, with latents behind the prompt."""
+
+    latent_decoding: LatentDecoding
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        decoding = self.latent_decoding
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
+        cache = outputs.past_key_values
+        prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
+        latents = decoding.choose(prompt, input_ids.shape[0])
+
+        num_latents = latents.shape[1]
+        decoding.num_prompt_tokens = input_ids.shape[1]
+        extended = extend_model_kwargs(self, model_kwargs, outputs, input_ids.shape[1], num_latents)
+        extended["past_key_values"] = cache
+        # In place: the decoding loop goes on with this very dictionary.
+        model_kwargs.clear()
+        model_kwargs.update(extended)
+        model_inputs = self.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=num_latents, is_first_iteration=False, **model_kwargs
+        )
+        model_inputs.pop("logits_to_keep", None)  # the tap below keeps the last position itself
+        embedded = decoding.model.latent_projection(latents.to(decoding.model.latent_projection.weight.dtype))
+        with tapped(self, (input_ids.shape[0], num_latents), slice(-1, None), embedded):
+            outputs = self(**model_inputs, return_dict=True)
+        decoding.decoded_latents = latents
+        return outputs
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        decoding = self.latent_decoding
+        if decoding.num_prompt_tokens is not None:
+            prompt, answer = input_ids.tensor_split([decoding.num_prompt_tokens], dim=1)
+            placeholders = decoding.placeholders(input_ids.shape[0], input_ids.device)
+            input_ids = torch.cat([prompt, placeholders, answer], dim=1)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        max_cache_length += self.latent_decoding.model.config.num_latents
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+@functools.cache
+def _decoder_class(native_class):
+    # Named as the backbone's class: transformers looks some behaviour up by class name.
+    namespace = {"__module__": native_class.__module__}
+    return type(native_class.__name__, (LatentDecodingMixin, native_class), namespace)
+
+
+def generate_with_latents(backbone, decoding, inputs, **kwargs):
+    """
+    Runs the stock `generate` on `backbone` with `decoding` behind the prompt; `backbone` itself stays as it is.
+
+    Returns:
+        what the stock `generate` returns; with `return_dict_in_generate` also `latents` `(R, K, Z)`.
+
+    Raises:
+        RuntimeError: no latent reached the decoder.
+    """
+    native_class = type(backbone)
+    decoder = object.__new__(_decoder_class(native_class))  # shares every module and hook with the backbone
+    settings = decoding.model.generation_config
+    vars(decoder).update(vars(backbone), latent_decoding=decoding, generation_config=settings)
+    outputs = GenerationMixin.generate(decoder, inputs, **kwargs)
+    if decoding.decoded_latents is None:
+        raise RuntimeError(f"No latent reached the decoder of `{native_class.__name__}`: its `generate` has no prefill.")
+    if not torch.is_tensor(outputs):
+        outputs.latents = decoding.decoded_latents
+    return outputs

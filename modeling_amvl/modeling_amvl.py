@@ -1,0 +1,634 @@
+"""AMVL around any vision-language model: prior, posterior and decoder over continuous latent slots.
+
+Asymmetric Mutual Variational Learning, arXiv 2607.00461. One language model computes three distributions: the prior
+p(Z | x) from `[x, L]`, the posterior q(Z | x, y) from `[x, y, L]`, and the decoder p(y | x, Z) from `[x, z, y]`, where x
+is the prompt, y the answer, L are K placeholders and z their embeddings made from Z.
+
+Shapes: B batch, S sequence, P prompt, A answer, K latent slots, Z latent size, D model size, V vocabulary.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import ModelOutput
+
+from .branching_amvl import PLANS
+from .configuration_amvl import AMVLConfig
+from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
+from .latents_amvl import GaussianHead, reset_projection, sample_latents
+
+
+# A table that has to grow does so to a multiple of this, the step in which matrix kernels are fast.
+EMBEDDING_ROWS_MULTIPLE = 64
+
+
+@dataclass
+class LatentDistribution(ModelOutput):
+    """
+    A diagonal Gaussian over the latent slots.
+
+    Args:
+        mean (`torch.Tensor`): `(B, K, Z)`.
+        log_variance (`torch.Tensor`): `(B, K, Z)`, in nats.
+    """
+
+    mean: torch.Tensor | None = None
+    log_variance: torch.Tensor | None = None
+
+
+@dataclass
+class AMVLOutput(ModelOutput):
+    """
+    What a step computes; the KL terms and their weights belong to the trainer.
+
+    Args:
+        loss (`torch.Tensor`): scalar, mean next-token loss on y in nats, decoded from the posterior's sample.
+        logits (`torch.Tensor`): `(B, A, V)`, position i predicts `completion_ids[:, i]`. Without a completion
+            `(B, 1, V)`: the first token of the answer, decoded from the prior.
+        prior_mean, prior_log_variance (`torch.Tensor`): `(B, K, Z)`.
+        posterior_mean, posterior_log_variance (`torch.Tensor`): `(B, K, Z)`.
+        latents (`torch.Tensor`): `(B, K, Z)`, what the decoder read.
+        prior_loss, prior_logits (`torch.Tensor`): as `loss` and `logits`, decoded from a sample of the prior; with
+            `decode_prior=True` only.
+        no_latents_loss, no_latents_logits (`torch.Tensor`): as `loss` and `logits`, decoded by the bare backbone from
+            `[x, y]`; with `decode_no_latents=True` only.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    prior_mean: torch.Tensor | None = None
+    prior_log_variance: torch.Tensor | None = None
+    posterior_mean: torch.Tensor | None = None
+    posterior_log_variance: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    prior_loss: torch.Tensor | None = None
+    prior_logits: torch.Tensor | None = None
+    no_latents_loss: torch.Tensor | None = None
+    no_latents_logits: torch.Tensor | None = None
+
+
+class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """
+    A stock vision-language model, `self.backbone`, that thinks in K continuous latent slots before it answers.
+
+    Build one from a stock model with [`~AMVLForConditionalGeneration.from_backbone`], load a trained one with
+    `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`.
+
+    Args:
+        config ([`AMVLConfig`]): what to build.
+        backbone (`PreTrainedModel`, *optional*): the model to wrap; built from `config.backbone_config` if not given.
+    """
+
+    config_class = AMVLConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, backbone=None):
+        if config.model_type != AMVLConfig.model_type:
+            raise ValueError(
+                f"`config.model_type` must be `{AMVLConfig.model_type}`, got `{config.model_type}`: wrap a stock model with "
+                "`AMVLForConditionalGeneration.from_backbone`."
+            )
+        super().__init__(config)
+        hidden_size = config.get_text_config(decoder=True).hidden_size
+        bounds = config.min_log_variance, config.max_log_variance
+        self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config) if backbone is None else backbone
+        self.prior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
+        self.posterior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
+        self.latent_projection = nn.Linear(config.latent_size, hidden_size)
+        self.post_init()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # From a stock model, and back from disk
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_or_id,
+        num_latents=8,
+        latent_size=512,
+        latent_token_id=None,
+        min_log_variance=-8.0,
+        max_log_variance=4.0,
+        latent_temperature=0.0,
+        multipass="auto",
+        **model_kwargs,
+    ):
+        """
+        Wraps a stock image-text-to-text model; its weights stay as they are and are not copied.
+
+        Args:
+            model_or_id (`PreTrainedModel` or `str`): a stock model, a Hub id or a local folder.
+            num_latents (`int`, defaults to 8): K.
+            latent_size (`int`, defaults to 512): Z.
+            latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default a
+                new row behind the embedding table. The table grows only if it has no such row, and only a row that the
+                tokenizer does not use should be given: it starts at the mean of the table.
+            min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
+            **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
+
+        Returns:
+            [`AMVLForConditionalGeneration`]: in the training mode, type and place of the backbone.
+
+        Raises:
+            ValueError: the backbone cannot carry latents, or a setting under which they would do nothing.
+        """
+        if isinstance(model_or_id, str):
+            backbone_config = AutoConfig.from_pretrained(model_or_id)
+            _refuse_config(backbone_config)
+            backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
+        elif isinstance(model_or_id, PreTrainedModel):
+            if model_kwargs:
+                raise TypeError(
+                    f"`{next(iter(model_kwargs))}` is no argument of `from_backbone`; arguments of `from_pretrained` go "
+                    "with a model id, not with a model that is already loaded."
+                )
+            backbone = model_or_id
+        else:
+            raise TypeError(
+                f"`model_or_id` must be a transformers model, a Hub id or a local folder, got `{type(model_or_id).__name__}`."
+            )
+        _refuse_backbone(backbone)
+        num_rows = backbone.get_input_embeddings().weight.shape[0]
+        latent_token_id = num_rows if latent_token_id is None else latent_token_id
+        try:
+            config = cls.config_class(
+                num_latents=num_latents,
+                latent_size=latent_size,
+                latent_token_id=latent_token_id,
+                min_log_variance=min_log_variance,
+                max_log_variance=max_log_variance,
+                latent_temperature=latent_temperature,
+                multipass=multipass,
+            )
+        except Exception as error:  # transformers raises its own type, which no caller expects from a bad value
+            raise ValueError(str(error.__cause__ or error)) from error
+        # Not passed above: a new config would overwrite the attention implementation of every config inside it.
+        config.backbone_config = backbone.config
+        _refuse_token(backbone, latent_token_id, num_rows)
+        _reserve_latent_token(backbone, latent_token_id, num_rows)
+
+        training = backbone.training
+        model = cls(config, backbone)
+        weight = backbone.get_input_embeddings().weight
+        for part in (model.prior_head, model.posterior_head, model.latent_projection):
+            part.to(device=weight.device, dtype=backbone.dtype)
+        model.reset_latents()
+        model.generation_config = backbone.generation_config
+        return model.train(training)
+
+    def reset_latents(self):
+        """Starts prior and posterior as the same map, and the projection at the norm of a typical token embedding."""
+        self.prior_head.reset()
+        self.posterior_head.load_state_dict(self.prior_head.state_dict())
+        reset_projection(self.latent_projection, typical_embedding_norm(self.get_input_embeddings()))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        Loads a trained AMVL model, see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint is another model type, or lacks the latent parts.
+        """
+        if "config" not in kwargs:
+            given = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=True, **given)
+            _refuse_model_type(config, pretrained_model_name_or_path)
+        elif getattr(kwargs["config"], "model_type", None) is not None:
+            _refuse_model_type(kwargs["config"], pretrained_model_name_or_path)
+        wants_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        parts = ("prior_head.", "posterior_head.", "latent_projection.")
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(parts))
+        if missing:
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` has no weights for {missing}: its latents would be random. Save the "
+                "whole model with `save_pretrained`, or wrap a stock model with `from_backbone`."
+            )
+        return (model, info) if wants_loading_info else model
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.backbone.set_output_embeddings(value)
+
+    def get_encoder(self, modality=None):
+        return self.backbone.get_encoder(modality=modality)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A training step
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        completion_ids=None,
+        completion_mask=None,
+        labels=None,
+        decode_prior=False,
+        decode_no_latents=False,
+        num_items_in_batch=None,
+        return_dict=True,
+        **inputs,
+    ):
+        """
+        One step: prior and posterior over the latents, and the answer decoded from the posterior's sample.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, P)`, the prompts, left-padded. With `labels` `(B, S)`, prompts and
+                answers in one sequence.
+            attention_mask (`torch.LongTensor`, *optional*): of the shape of `input_ids`.
+            completion_ids (`torch.LongTensor`, *optional*): `(B, A)`, the answers, right-padded.
+            completion_mask (`torch.LongTensor`, *optional*): `(B, A)`, 0 on padding.
+            labels (`torch.LongTensor`, *optional*): `(B, S)`, the stock form: the prompt is what precedes a row's first
+                label, -100 elsewhere.
+            decode_prior (`bool`, defaults to `False`): also decode from a sample of the prior, with the same noise.
+            decode_no_latents (`bool`, defaults to `False`): also decode with the latents off.
+            num_items_in_batch (`int`, *optional*): divides the summed loss instead of the number of answer tokens here.
+            return_dict (`bool`, defaults to `True`): a tuple otherwise.
+            **inputs: the backbone's image inputs and per-token inputs of the prompt, as its processor returns them.
+
+        Returns:
+            [`AMVLOutput`].
+
+        Raises:
+            ValueError: answers without a token, or inputs that do not fit together.
+        """
+        if labels is not None:
+            if completion_ids is not None:
+                raise ValueError("`labels` and `completion_ids` are two forms of one thing, got both: pass one of them.")
+            input_ids, attention_mask, completion_ids, completion_mask, targets, inputs = split_at_first_label(
+                input_ids, attention_mask, labels, inputs
+            )
+        elif completion_ids is not None:
+            completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
+            targets = completion_ids.masked_fill(completion_mask == 0, -100)
+            _refuse_completion(input_ids, completion_ids, completion_mask)
+        prompt = self._prompt(input_ids, attention_mask, inputs)
+        prior_mean, prior_log_variance = self._read_prior(prompt)
+        output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
+        if completion_ids is None:
+            output.latents = sample_latents(prior_mean, prior_log_variance, self.config.latent_temperature)
+            next_ids = completion_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
+            output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), output.latents)
+            return output if return_dict else output.to_tuple()
+
+        mean, log_variance = self._read_posterior(prompt, completion_ids, completion_mask)
+        noise = torch.randn_like(mean)
+        output.posterior_mean, output.posterior_log_variance = mean, log_variance
+        output.latents = sample_latents(mean, log_variance, noise=noise)
+        output.logits = self._decode(prompt, completion_ids, completion_mask, output.latents)
+        output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
+        if decode_prior:
+            latents = sample_latents(prior_mean, prior_log_variance, noise=noise)
+            output.prior_logits = self._decode(prompt, completion_ids, completion_mask, latents)
+            output.prior_loss = next_token_loss(output.prior_logits, targets, num_items_in_batch)
+        if decode_no_latents:
+            output.no_latents_logits = self._decode(prompt, completion_ids, completion_mask, None)
+            output.no_latents_loss = next_token_loss(output.no_latents_logits, targets, num_items_in_batch)
+        return output if return_dict else output.to_tuple()
+
+    def _prompt(self, input_ids, attention_mask, inputs):
+        self.config.validate_latents()
+        return PLANS[self.config.multipass](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
+
+    def _placeholders(self, prompt):
+        shape = (prompt.input_ids.shape[0], self.config.num_latents)
+        return prompt.input_ids.new_full(shape, self.config.latent_token_id)  # (B, K)
+
+    def _read_prior(self, prompt):
+        placeholders = self._placeholders(prompt)
+        hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
+        return self.prior_head(hidden)
+
+    def _read_posterior(self, prompt, completion_ids, completion_mask):
+        # The placeholders stand right behind each row's own last token, [y_i, L, padding]: with padding in between,
+        # sliding windows, convolutions and recurrent states would read it.
+        placeholders = self._placeholders(prompt)
+        num_rows, num_latents = placeholders.shape
+        lengths = completion_mask.sum(1, keepdim=True).long()  # (B, 1)
+        slots = lengths + torch.arange(num_latents, device=lengths.device)  # (B, K)
+        ids = torch.cat([completion_ids, torch.zeros_like(placeholders)], dim=1).scatter(1, slots, placeholders)
+        positions = torch.arange(ids.shape[1], device=lengths.device)
+        mask = (positions < lengths + num_latents).to(completion_mask.dtype)  # (B, A + K)
+        hidden, _ = prompt.branch(ids, mask)
+        return self.posterior_head(hidden[torch.arange(num_rows, device=slots.device)[:, None], slots])
+
+    def _decode(self, prompt, completion_ids, completion_mask, latents):
+        num_answer = completion_ids.shape[1]
+        if latents is None:
+            return prompt.branch(completion_ids, completion_mask, num_predicted=num_answer)[1]
+        placeholders = self._placeholders(prompt)
+        embedded = self.latent_projection(latents.to(self.latent_projection.weight.dtype))  # (B, K, D)
+        ids = torch.cat([placeholders, completion_ids], dim=1)
+        mask = torch.cat([torch.ones_like(placeholders, dtype=completion_mask.dtype), completion_mask], dim=1)
+        return prompt.branch(ids, mask, embedded, num_predicted=num_answer)[1]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Analysis
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def prior(self, input_ids, attention_mask=None, **inputs):
+        """
+        The prior p(Z | x) of prompts.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, P)`, left-padded.
+            attention_mask (`torch.LongTensor`, *optional*): `(B, P)`.
+            **inputs: the backbone's image inputs.
+
+        Returns:
+            [`LatentDistribution`]: `(B, K, Z)` each.
+        """
+        return LatentDistribution(*self._read_prior(self._prompt(input_ids, attention_mask, inputs)))
+
+    def posterior(self, input_ids, completion_ids, attention_mask=None, completion_mask=None, **inputs):
+        """
+        The posterior q(Z | x, y) of prompts and their answers.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, P)`, left-padded.
+            completion_ids (`torch.LongTensor`): `(B, A)`, right-padded.
+            attention_mask (`torch.LongTensor`, *optional*): `(B, P)`.
+            completion_mask (`torch.LongTensor`, *optional*): `(B, A)`.
+            **inputs: the backbone's image inputs.
+
+        Returns:
+            [`LatentDistribution`]: `(B, K, Z)` each.
+        """
+        completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
+        _refuse_completion(input_ids, completion_ids, completion_mask)
+        prompt = self._prompt(input_ids, attention_mask, inputs)
+        return LatentDistribution(*self._read_posterior(prompt, completion_ids, completion_mask))
+
+    def log_prob(self, input_ids, completion_ids, latents, attention_mask=None, completion_mask=None, **inputs):
+        """
+        log p(y | x, Z) token by token, for given latents.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, P)`, left-padded.
+            completion_ids (`torch.LongTensor`): `(B, A)`, right-padded.
+            latents (`torch.Tensor` or `None`): `(B, K, Z)`; `None` switches the latents off, log p(y | x) of the bare
+                backbone.
+            attention_mask (`torch.LongTensor`, *optional*): `(B, P)`.
+            completion_mask (`torch.LongTensor`, *optional*): `(B, A)`.
+            **inputs: the backbone's image inputs.
+
+        Returns:
+            `torch.Tensor`: `(B, A)`, in nats, 0 on padding; the sum over a row is log p(y | x, Z).
+        """
+        completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
+        _refuse_completion(input_ids, completion_ids, completion_mask)
+        if latents is not None:
+            self._refuse_latents(latents, (input_ids.shape[0],))
+        prompt = self._prompt(input_ids, attention_mask, inputs)
+        logits = self._decode(prompt, completion_ids, completion_mask, latents)  # (B, A, V)
+        log_probs = logits.float().log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
+        return log_probs.masked_fill(completion_mask.to(log_probs.device) == 0, 0.0)
+
+    def _refuse_latents(self, latents, num_rows):
+        slots = (self.config.num_latents, self.config.latent_size)
+        if not torch.is_tensor(latents) or latents.ndim != 3 or latents.shape[1:] != slots or latents.shape[0] not in num_rows:
+            got = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+            rows = " or ".join(str(rows) for rows in num_rows)
+            raise ValueError(f"`latents` must be a tensor of shape ({rows}, {slots[0]}, {slots[1]}), got {got}.")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self, inputs=None, generation_config=None, latent_temperature=None, latents=None, generator=None, **kwargs
+    ):
+        """
+        The backbone's `generate`, with latents between prompt and answer; takes what the processor returns.
+
+        Args:
+            inputs (`torch.LongTensor`, *optional*): `(B, P)`, left-padded prompts; or pass them as `input_ids`.
+            generation_config (`GenerationConfig`, *optional*): as in the stock `generate`.
+            latent_temperature (`float`, *optional*): a latent is `mean + latent_temperature * std * noise`; defaults to
+                the config's. One sample per prompt, per returned sequence when sampling.
+            latents (`torch.Tensor`, *optional*): `(B, K, Z)`, or a row per returned sequence: used instead of the prior's.
+            generator (`torch.Generator`, *optional*): seeds the noise of the latents.
+            **kwargs: as in the stock `generate`: image inputs, `max_new_tokens`, `do_sample`, `num_beams`, `streamer`, ...
+
+        Returns:
+            `torch.LongTensor` `(R, P + new)`, prompt and answer ids without latents; or the stock output class, with
+            `latents` `(R, K, Z)` added, under `return_dict_in_generate`.
+
+        Raises:
+            ValueError: an argument that latents do not go with.
+            RuntimeError: no latent reached the decoder.
+        """
+        for name, reason in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` does not go with latents: {reason}. Leave it out, or use `model.backbone`.")
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
+            got = tuple(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
+            raise ValueError(f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns.")
+        self.config.validate_latents()
+        settings = self.generation_config if generation_config is None else generation_config
+
+        def setting(name, default):
+            value = kwargs.get(name, getattr(settings, name, None))
+            return default if value is None else value
+
+        if setting("use_cache", True) is False:
+            raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+        temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
+        if temperature < 0:
+            raise ValueError(f"`latent_temperature` must be 0 or more, got {temperature}.")
+        num_beams = setting("num_beams", 1)
+        num_rows = input_ids.shape[0]
+        if latents is not None:
+            self._refuse_latents(latents, (num_rows, num_rows * max(num_beams, setting("num_return_sequences", 1))))
+        decoding = LatentDecoding(self, num_rows, latents, temperature, generator, noise_per_sequence=num_beams == 1)
+        return generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def next_token_loss(logits, targets, num_items_in_batch=None):
+    """
+    Next-token cross-entropy.
+
+    Args:
+        logits (`torch.Tensor`): `(B, A, V)`, position i predicts `targets[:, i]`.
+        targets (`torch.LongTensor`): `(B, A)`, -100 where nothing counts.
+        num_items_in_batch (`int`, *optional*): divides the sum; by default the number of targets.
+
+    Returns:
+        `torch.Tensor`: scalar, in nats per token.
+    """
+    targets = targets.to(logits.device)
+    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def split_at_first_label(input_ids, attention_mask, labels, inputs):
+    """
+    Takes prompts and answers apart where the first label stands, whatever the padding side.
+
+    Args:
+        input_ids (`torch.LongTensor`): `(B, S)`.
+        attention_mask (`torch.LongTensor`, *optional*): `(B, S)`.
+        labels (`torch.LongTensor`): `(B, S)`, -100 where nothing counts.
+        inputs (`dict`): the backbone's other inputs; those of shape `(B, S)` are cut and moved like `input_ids`.
+
+    Returns:
+        `tuple`: prompts `(B, P)` left-padded and their mask, completions `(B, A)` right-padded, their mask and labels, and
+        the other inputs of the prompts.
+
+    Raises:
+        ValueError: a row without a label, or whose first label stands at its first token.
+    """
+    num_rows, length = input_ids.shape
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    attended, labelled = attention_mask.bool(), (labels != -100) & attention_mask.bool()
+    first = torch.where(labelled.any(1), labelled.int().argmax(1), length)[:, None]  # (B, 1)
+    positions = torch.arange(length, device=input_ids.device)
+    in_prompt, in_completion = attended & (positions < first), attended & (positions >= first)
+    for name, kept in (("label", in_completion), ("token before its first label", in_prompt)):
+        if not kept.any(1).all():
+            row = int((~kept.any(1)).nonzero()[0])
+            raise ValueError(f"Row {row} of `labels` has no {name}: a row needs a prompt and an answer.")
+
+    def gather(kept, tensor, fill, left):
+        size = int(kept.sum(1).max())
+        # A stable sort brings the kept tokens of each row together, on the side away from the padding.
+        order = kept.int().argsort(dim=1, stable=True, descending=not left)
+        order = order[:, -size:] if left else order[:, :size]
+        return tensor.gather(1, order).masked_fill(~kept.gather(1, order), fill)
+
+    def of_prompt(tensor):
+        return gather(in_prompt, tensor, 0, left=True)
+
+    inputs = {
+        key: of_prompt(value) if torch.is_tensor(value) and value.shape == input_ids.shape else value
+        for key, value in inputs.items()
+    }
+    return (
+        of_prompt(input_ids),
+        of_prompt(attention_mask),
+        gather(in_completion, input_ids, 0, left=False),
+        gather(in_completion, attention_mask, 0, left=False),
+        gather(in_completion, labels, -100, left=False),
+        inputs,
+    )
+
+
+@torch.no_grad()
+def typical_embedding_norm(embeddings, num_sampled=4096):
+    """
+    Median norm of what an embedding module returns for its own ids, over rows that are not zero.
+
+    Args:
+        embeddings (`nn.Module`): ids to vectors; any scaling inside counts.
+        num_sampled (`int`, defaults to 4096): rows looked at, evenly spread.
+
+    Returns:
+        `float`.
+    """
+    num_rows = embeddings.weight.shape[0]
+    ids = torch.linspace(0, num_rows - 1, min(num_rows, num_sampled), device=embeddings.weight.device).long()
+    norms = embeddings(ids[None])[0].float().norm(dim=-1)
+    return float(norms[norms > 0].median())
+
+
+def _reserve_latent_token(backbone, latent_token_id, num_rows):
+    if latent_token_id >= num_rows:
+        backbone.resize_token_embeddings(
+            latent_token_id + 1, pad_to_multiple_of=EMBEDDING_ROWS_MULTIPLE, mean_resizing=False
+        )
+        with torch.no_grad():
+            for module in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
+                module.weight[num_rows:] = module.weight[:num_rows].float().mean(0).to(module.weight.dtype)
+
+
+def _refuse_model_type(config, name):
+    if config.model_type != AMVLConfig.model_type:
+        raise ValueError(
+            f"`{name}` holds a `{config.model_type}` model, not an `{AMVLConfig.model_type}` one: wrap it with "
+            "`AMVLForConditionalGeneration.from_backbone`."
+        )
+
+
+def _refuse_config(config):
+    name = f"`{config.model_type}`"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: its decoder reads no prompt that latents could follow.")
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{name} is no image-text-to-text model of transformers: pass a vision-language model.")
+
+
+def _refuse_backbone(backbone):
+    if backbone.config.model_type == AMVLConfig.model_type:
+        raise ValueError("`model_or_id` is an AMVL model already: pass the stock model, `model.backbone`.")
+    _refuse_config(backbone.config)
+    name = f"`{type(backbone).__name__}`"
+    if not backbone.can_generate():
+        raise ValueError(f"{name} cannot generate text: pass a model with a language-modelling head.")
+    if backbone.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no output embeddings, whose input the latents are read from.")
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(f"{name} takes no `past_key_values`, in which latents would live.")
+
+
+def _refuse_token(backbone, latent_token_id, num_rows):
+    if latent_token_id >= num_rows + 1024:
+        raise ValueError(
+            f"`latent_token_id` is {latent_token_id}, but the embedding table has {num_rows} rows: take a row of it, or "
+            "the next one."
+        )
+    for config in (backbone.config, backbone.config.get_text_config(decoder=True)):
+        for key, value in config.to_dict().items():
+            if key.endswith(("token_id", "token_index")) and latent_token_id in (value if isinstance(value, list) else [value]):
+                raise ValueError(f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own.")
+
+
+def _refuse_completion(input_ids, completion_ids, completion_mask):
+    if completion_ids.ndim != 2 or completion_ids.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"`completion_ids` must be of shape ({input_ids.shape[0]}, A), got {tuple(completion_ids.shape)}."
+        )
+    if completion_mask.shape != completion_ids.shape:
+        raise ValueError(
+            f"`completion_mask` {tuple(completion_mask.shape)} must have the shape of `completion_ids` "
+            f"{tuple(completion_ids.shape)}."
+        )
+    if completion_ids.shape[1] == 0 or not (completion_mask[:, 0] == 1).all():
+        raise ValueError("`completion_mask` must start with 1 in every row: answers are right-padded and not empty.")
+    if (completion_mask[:, 1:] > completion_mask[:, :-1]).any():
+        raise ValueError("`completion_mask` must be 1s followed by 0s: answers are right-padded.")
+
+
+AMVLConfig.register_for_auto_class()
+AMVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
