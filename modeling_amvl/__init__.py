@@ -1,13 +1,15 @@
 """AMVL for Hugging Face: continuous latent reasoning for any vision-language model."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_amvl import AMVLConfig
 from .modeling_amvl import AMVLForConditionalGeneration, AMVLOutput, LatentDistribution
+from .processing_amvl import AMVLProcessor
 
 
 AutoConfig.register("amvl", AMVLConfig)
+AutoProcessor.register(AMVLConfig, AMVLProcessor)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(AMVLConfig, AMVLForConditionalGeneration)
 
-__all__ = ["AMVLConfig", "AMVLForConditionalGeneration", "AMVLOutput", "LatentDistribution"]
+__all__ = ["AMVLConfig", "AMVLForConditionalGeneration", "AMVLOutput", "AMVLProcessor", "LatentDistribution"]

@@ -33,7 +33,9 @@ for _name in (
     "_update_model_kwargs_for_generation",
 ):
     if not hasattr(GenerationMixin, _name):
-        raise ImportError(f"This release of transformers has no `GenerationMixin.{_name}`, which AMVL drives models with.")
+        raise ImportError(
+            f"This release of transformers has no `GenerationMixin.{_name}`, which AMVL drives models with."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,9 @@ def _frozen_class(native_class):
         if name.startswith("update") and callable(getattr(native_class, name))
     }
     # transformers registers layer classes by `_layer_type`; the subclass must not take its parent's place there.
-    return type(f"Frozen{native_class.__name__}", (native_class,), {"_layer_type": None, "native": native_class, **updates})
+    return type(
+        f"Frozen{native_class.__name__}", (native_class,), {"_layer_type": None, "native": native_class, **updates}
+    )
 
 
 def _freeze(layer):

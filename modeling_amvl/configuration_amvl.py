@@ -56,7 +56,9 @@ class AMVLConfig(PreTrainedConfig):
     """
 
     model_type = "amvl"
-    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llava", optional=True)}
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llava", optional=True)
+    }
 
     backbone_config: dict | PreTrainedConfig | None = None
     num_latents: int = 8

@@ -138,7 +138,9 @@ def generate_with_latents(backbone, decoding, inputs, **kwargs):
     vars(decoder).update(vars(backbone), latent_decoding=decoding, generation_config=settings)
     outputs = GenerationMixin.generate(decoder, inputs, **kwargs)
     if decoding.decoded_latents is None:
-        raise RuntimeError(f"No latent reached the decoder of `{native_class.__name__}`: its `generate` has no prefill.")
+        raise RuntimeError(
+            f"No latent reached the decoder of `{native_class.__name__}`: its `generate` has no prefill."
+        )
     if not torch.is_tensor(outputs):
         outputs.latents = decoding.decoded_latents
     return outputs

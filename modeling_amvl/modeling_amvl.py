@@ -103,7 +103,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         hidden_size = config.get_text_config(decoder=True).hidden_size
         bounds = config.min_log_variance, config.max_log_variance
-        self.backbone = AutoModelForImageTextToText.from_config(config.backbone_config) if backbone is None else backbone
+        self.backbone = (
+            AutoModelForImageTextToText.from_config(config.backbone_config) if backbone is None else backbone
+        )
         self.prior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.posterior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.latent_projection = nn.Linear(config.latent_size, hidden_size)
@@ -193,7 +195,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Starts prior and posterior as the same map, and the projection at the norm of a typical token embedding."""
         self.prior_head.reset()
         self.posterior_head.load_state_dict(self.prior_head.state_dict())
-        reset_projection(self.latent_projection, typical_embedding_norm(self.get_input_embeddings()))
+        reset_projection(self.latent_projection, self.typical_embedding_norm())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -210,9 +212,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif getattr(kwargs["config"], "model_type", None) is not None:
             _refuse_model_type(kwargs["config"], pretrained_model_name_or_path)
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         parts = ("prior_head.", "posterior_head.", "latent_projection.")
         missing = sorted(key for key in info["missing_keys"] if key.startswith(parts))
         if missing:
@@ -221,6 +221,15 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "whole model with `save_pretrained`, or wrap a stock model with `from_backbone`."
             )
         return (model, info) if wants_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
+        """
+        Saves weights, configuration and this code, see `PreTrainedModel.save_pretrained`.
+
+        Weights keep the names they have in this model. The default of transformers renames those of some backbones to an
+        older form, which a trainer that resumes or loads its best checkpoint does not read back.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -250,6 +259,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels=None,
         decode_prior=False,
         decode_no_latents=False,
+        latent_temperature=None,
         num_items_in_batch=None,
         return_dict=True,
         **inputs,
@@ -267,6 +277,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 label, -100 elsewhere.
             decode_prior (`bool`, defaults to `False`): also decode from a sample of the prior, with the same noise.
             decode_no_latents (`bool`, defaults to `False`): also decode with the latents off.
+            latent_temperature (`float`, *optional*): of every sample; by default 1 in a step, and the config's without an
+                answer. 0 decodes from the means.
             num_items_in_batch (`int`, *optional*): divides the summed loss instead of the number of answer tokens here.
             return_dict (`bool`, defaults to `True`): a tuple otherwise.
             **inputs: the backbone's image inputs and per-token inputs of the prompt, as its processor returns them.
@@ -279,7 +291,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if labels is not None:
             if completion_ids is not None:
-                raise ValueError("`labels` and `completion_ids` are two forms of one thing, got both: pass one of them.")
+                raise ValueError(
+                    "`labels` and `completion_ids` are two forms of one thing, got both: pass one of them."
+                )
             input_ids, attention_mask, completion_ids, completion_mask, targets, inputs = split_at_first_label(
                 input_ids, attention_mask, labels, inputs
             )
@@ -291,19 +305,21 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prior_mean, prior_log_variance = self._read_prior(prompt)
         output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
         if completion_ids is None:
-            output.latents = sample_latents(prior_mean, prior_log_variance, self.config.latent_temperature)
+            temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
+            output.latents = sample_latents(prior_mean, prior_log_variance, temperature)
             next_ids = completion_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
             output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), output.latents)
             return output if return_dict else output.to_tuple()
 
         mean, log_variance = self._read_posterior(prompt, completion_ids, completion_mask)
+        temperature = 1.0 if latent_temperature is None else latent_temperature
         noise = torch.randn_like(mean)
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
-        output.latents = sample_latents(mean, log_variance, noise=noise)
+        output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
         output.logits = self._decode(prompt, completion_ids, completion_mask, output.latents)
         output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
         if decode_prior:
-            latents = sample_latents(prior_mean, prior_log_variance, noise=noise)
+            latents = sample_latents(prior_mean, prior_log_variance, temperature, noise=noise)
             output.prior_logits = self._decode(prompt, completion_ids, completion_mask, latents)
             output.prior_loss = next_token_loss(output.prior_logits, targets, num_items_in_batch)
         if decode_no_latents:
@@ -409,9 +425,32 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         log_probs = logits.float().log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
         return log_probs.masked_fill(completion_mask.to(log_probs.device) == 0, 0.0)
 
+    @torch.no_grad()
+    def typical_embedding_norm(self, num_sampled=4096):
+        """
+        Median norm of a token embedding as it enters the language model, over rows that are not zero.
+
+        Args:
+            num_sampled (`int`, defaults to 4096): rows of the table looked at, evenly spread.
+
+        Returns:
+            `float`.
+        """
+        embeddings = self.get_input_embeddings()
+        num_rows = self.config.get_text_config(decoder=True).vocab_size
+        device = embeddings.weight.device
+        ids = torch.linspace(0, num_rows - 1, min(num_rows, num_sampled), device=device).long()
+        norms = embeddings(ids[None])[0].float().norm(dim=-1)
+        return float(norms[norms > 0].median())
+
     def _refuse_latents(self, latents, num_rows):
         slots = (self.config.num_latents, self.config.latent_size)
-        if not torch.is_tensor(latents) or latents.ndim != 3 or latents.shape[1:] != slots or latents.shape[0] not in num_rows:
+        if (
+            not torch.is_tensor(latents)
+            or latents.ndim != 3
+            or latents.shape[1:] != slots
+            or latents.shape[0] not in num_rows
+        ):
             got = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
             rows = " or ".join(str(rows) for rows in num_rows)
             raise ValueError(f"`latents` must be a tensor of shape ({rows}, {slots[0]}, {slots[1]}), got {got}.")
@@ -446,11 +485,15 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         for name, reason in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` does not go with latents: {reason}. Leave it out, or use `model.backbone`.")
+                raise ValueError(
+                    f"`{name}` does not go with latents: {reason}. Leave it out, or use `model.backbone`."
+                )
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
             got = tuple(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
-            raise ValueError(f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns.")
+            raise ValueError(
+                f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns."
+            )
         self.config.validate_latents()
         settings = self.generation_config if generation_config is None else generation_config
 
@@ -545,24 +588,6 @@ def split_at_first_label(input_ids, attention_mask, labels, inputs):
     )
 
 
-@torch.no_grad()
-def typical_embedding_norm(embeddings, num_sampled=4096):
-    """
-    Median norm of what an embedding module returns for its own ids, over rows that are not zero.
-
-    Args:
-        embeddings (`nn.Module`): ids to vectors; any scaling inside counts.
-        num_sampled (`int`, defaults to 4096): rows looked at, evenly spread.
-
-    Returns:
-        `float`.
-    """
-    num_rows = embeddings.weight.shape[0]
-    ids = torch.linspace(0, num_rows - 1, min(num_rows, num_sampled), device=embeddings.weight.device).long()
-    norms = embeddings(ids[None])[0].float().norm(dim=-1)
-    return float(norms[norms > 0].median())
-
-
 def _reserve_latent_token(backbone, latent_token_id, num_rows):
     if latent_token_id >= num_rows:
         backbone.resize_token_embeddings(
@@ -610,8 +635,12 @@ def _refuse_token(backbone, latent_token_id, num_rows):
         )
     for config in (backbone.config, backbone.config.get_text_config(decoder=True)):
         for key, value in config.to_dict().items():
-            if key.endswith(("token_id", "token_index")) and latent_token_id in (value if isinstance(value, list) else [value]):
-                raise ValueError(f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own.")
+            if key.endswith(("token_id", "token_index")) and latent_token_id in (
+                value if isinstance(value, list) else [value]
+            ):
+                raise ValueError(
+                    f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own."
+                )
 
 
 def _refuse_completion(input_ids, completion_ids, completion_mask):

@@ -1,0 +1,213 @@
+"""Rows to batches: prompts left-padded with their images, answers apart and right-padded."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from transformers import ProcessorMixin
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+
+
+@dataclass
+class AMVLDataCollator:
+    """
+    Collates rows in TRL's vision formats for [`AMVLForConditionalGeneration`].
+
+    A row holds `images` (or `image`) and `prompt` + `completion`, each a list of messages or a string; or `messages`,
+    whose last turn is the answer. x is everything up to and including the assistant header, y is the answer and what the
+    chat template closes it with.
+
+    Args:
+        processor (`ProcessorMixin`): an [`AMVLProcessor`], or a stock processor.
+        max_length (`int`, *optional*): most tokens of prompt and answer together. Longer rows raise: cutting would
+            remove image tokens or the answer.
+        max_completion_length (`int`, *optional*): most tokens of an answer.
+        allow_text_only (`bool`, defaults to `False`): accept rows without an image.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask` `(B, P)`, `completion_ids` and `completion_mask` `(B, A)`, and the image
+        inputs of the processor.
+
+    Raises:
+        ValueError: a row that cannot be trained on; the message names the row and the remedy.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+    max_completion_length: int | None = None
+    allow_text_only: bool = False
+
+    def __call__(self, rows):
+        rows = [self.render(row, f"Row {index} of the batch") for index, row in enumerate(rows)]
+        images = [row["images"] for row in rows]
+        batch = self.processor(
+            images=images if any(images) else None,
+            text=[row["prompt"] for row in rows],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,  # the template wrote them
+        )
+        batch = dict(batch)
+        answers = self.processor.tokenizer(
+            [row["completion"] for row in rows],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        batch["completion_ids"], batch["completion_mask"] = answers["input_ids"], answers["attention_mask"]
+        if self.max_length is not None:
+            lengths = batch["attention_mask"].sum(1) + batch["completion_mask"].sum(1)
+            if int(lengths.max()) > self.max_length:
+                raise ValueError(
+                    f"`max_length` is {self.max_length}, but a row has {int(lengths.max())} tokens with its images: "
+                    "raise it, set it to `None`, or lower the processor's image budget."
+                )
+        return batch
+
+    def render(self, row, name, open_images=True):
+        """
+        Checks one row and renders its texts.
+
+        Args:
+            row (`dict`): as in the dataset.
+            name (`str`): how an error calls the row, `"Row 3"`.
+            open_images (`bool`, defaults to `True`): decode the images; otherwise only look whether they can be read.
+
+        Returns:
+            `dict`: `prompt` and `completion` as text, `images` as a list of RGB images.
+        """
+        prompt, completion = split_turns(row, name)
+        images = row.get("images", row.get("image"))
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        if not images and not self.allow_text_only:
+            raise ValueError(f"{name} has no image: give it one, or set `allow_text_only_rows=True`.")
+        images = [read_image(image, f"{name}, image {number}", open_images) for number, image in enumerate(images)]
+        if isinstance(prompt, str):
+            num_placeholders = prompt.count(self.processor.image_token)
+            texts = {"prompt": prompt, "completion": completion}
+            answer = completion
+            eos = self.processor.tokenizer.eos_token
+            if isinstance(completion, str) and eos is not None and not completion.endswith(eos):
+                texts["completion"] = completion + eos
+        else:
+            num_placeholders = count_placeholders(prompt, len(images))
+            answer = text_of(completion, f"{name}, `completion`")
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"{name} has an empty answer, {answer!r}: drop the row or fill in its `completion`.")
+        if num_placeholders != len(images):
+            raise ValueError(
+                f"{name} has {num_placeholders} image placeholders in its `prompt` and {len(images)} `images`: they must "
+                "be as many."
+            )
+        if not isinstance(prompt, str):
+            try:
+                messages = {
+                    "prompt": prepare_multimodal_messages(prompt, images=[None] * len(images)),
+                    "completion": prepare_multimodal_messages(completion),
+                }
+                texts = apply_chat_template(messages, self.processor)
+            except Exception as error:
+                raise ValueError(f"{name} does not go through the chat template: {error}") from error
+            if not texts["completion"]:
+                raise ValueError(f"{name}: the chat template renders its answer {answer!r} as nothing.")
+        if self.max_completion_length is not None:
+            length = len(self.processor.tokenizer(texts["completion"], add_special_tokens=False)["input_ids"])
+            if length > self.max_completion_length:
+                raise ValueError(
+                    f"{name} has an answer of {length} tokens, more than `max_completion_length` "
+                    f"({self.max_completion_length}): raise the limit or drop the row."
+                )
+        return {"prompt": texts["prompt"], "completion": texts["completion"], "images": images}
+
+
+def split_turns(row, name):
+    """x and y of a row: its `prompt` and `completion`, or the turns before the last of its `messages` and that one."""
+    row = {key: without_empty_keys(value) for key, value in row.items()}
+    if row.get("messages"):
+        *prompt, last = row["messages"]
+        if last["role"] != "assistant" or not prompt:
+            raise ValueError(
+                f"{name} has `messages` whose last turn is by {last['role']!r}: it must be the assistant's answer."
+            )
+        return prompt, [last]
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if prompt is None or completion is None:
+        raise ValueError(
+            f"{name} has no `{'prompt' if prompt is None else 'completion'}`, only {sorted(row)}: rows hold `images`, "
+            "`prompt` and `completion`, or `images` and `messages`."
+        )
+    if not is_conversational({"prompt": prompt, "completion": completion}) and not isinstance(prompt, str):
+        raise ValueError(f"{name} has a `prompt` that is neither a text nor a list of messages, {prompt!r:.80}.")
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise ValueError(f"{name} mixes a text with messages in `prompt` and `completion`: use one form for both.")
+    return prompt, completion
+
+
+def without_empty_keys(messages):
+    """Messages without the `None` that Arrow fills in where some parts have a key that others lack."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and "role" in message for message in messages
+    ):
+        return messages
+    cleaned = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        cleaned.append({**message, "content": content})
+    return cleaned
+
+
+def parts_of(message):
+    """The content of a message as a list of parts; a text is one part."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content or []
+
+
+def count_placeholders(prompt, num_images):
+    """Image parts of a list of messages; plain texts alone stand for all images before the first of them."""
+    user_turns = [message for message in prompt if message["role"] == "user"]
+    if user_turns and all(isinstance(message["content"], str) for message in user_turns):
+        return num_images
+    return sum(part["type"] == "image" for message in prompt for part in parts_of(message))
+
+
+def text_of(messages, name):
+    """The text of the messages of an answer, which may hold nothing else."""
+    parts = [part for message in messages for part in parts_of(message)]
+    other = [part["type"] for part in parts if part["type"] != "text"]
+    if other:
+        raise ValueError(f"{name} holds a part of type {other[0]!r}: an answer is text.")
+    return "".join(part.get("text", "") for part in parts)
+
+
+def read_image(image, name, decode=True):
+    """
+    An RGB image from what a dataset column may hold.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or the `bytes` and `path` of `datasets`.
+        name (`str`): how an error calls it.
+        decode (`bool`, defaults to `True`): `False` reads no further than the header.
+
+    Raises:
+        ValueError: missing, or no image.
+    """
+    source = image
+    try:
+        if isinstance(image, dict):
+            source = image.get("path")
+            image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else source
+        if isinstance(image, (str, Path, io.BytesIO)):
+            with Image.open(image) as opened:
+                return opened.convert("RGB") if decode else None
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a `{type(image).__name__}` is no image")
+        return image.convert("RGB") if decode else None
+    except (OSError, UnidentifiedImageError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read ({source!r:.200}): {error}. Repair or drop it.") from error

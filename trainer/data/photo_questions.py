@@ -1,0 +1,590 @@
+# Copyright 2026 The AMVL for Hugging Face authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Visual questions made from real photographs, offline: the data of the embedded default.
+
+Each row is one square picture made from photographs, one question whose answer is known by construction, and a short
+answer. The photographs are those inside scikit-image's wheel, or every image of a folder. A photograph serves either
+training or held-out rows, never both. Every row has its own random generator, so row `i` does not depend on how many
+rows are built.
+"""
+
+import hashlib
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+
+# The real photographs in the wheel of scikit-image: no download. Left out: drawings (logo, horse, colour wheel,
+# chessboards, phantom), a phase map (cell), crops of 102 pixels and less, and `motorcycle_right.png`, the other eye's
+# view of the same scene, which would put one scene on both sides of the split.
+SCIKIT_IMAGE_PHOTOS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+)
+
+COLORS = {  # sRGB, 8 bits: far apart from each other, pure enough to be rare in photographs
+    "red": (230, 20, 30),
+    "green": (20, 170, 40),
+    "blue": (30, 50, 240),
+    "yellow": (250, 225, 20),
+    "pink": (245, 60, 225),
+    "cyan": (40, 225, 235),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column) steps
+CORNERS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}  # (row, column)
+PREPOSITIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+QUESTIONS = {
+    "color": "What color is the {shape}?",
+    "counting": "How many {color} shapes are there?",
+    "spatial_relation": "Where is the {target} relative to the {reference}?",
+    "neighbor_color": "What color is the shape {where} the {reference}?",
+    "shared_color_counting": "How many other shapes have the color of the {shape}?",
+    "color_map": "Which color is in each cell?",
+    "shape_map": "Which shape is in each cell?",
+    "color_list": "List the color of {shapes}",
+    "position_list": "List the row and column of {shapes}",
+    "odd_corner": "Which corner does not belong to the photo?",
+    "same_photo": "Which panel shows the same photo as the top left panel?",
+}
+GRID = 4  # objects are pasted into the cells of a GRID x GRID grid
+SPLITS = ("train", "held_out")
+MIN_IMAGE_SIZE = 48  # below, a cell is too small to tell a triangle from a cross
+MAX_PHOTO_SIDE = 256  # pixels: the shorter side of a photograph in memory
+
+
+class PastedObject(NamedTuple):
+    """A coloured shape in one cell of the grid."""
+
+    row: int
+    column: int
+    shape: str
+    color: str
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+class Puzzle(NamedTuple):
+    """What a kind of question makes of one random generator: picture, question, and the photograph behind it."""
+
+    canvas: Image.Image  # RGB, image_size x image_size
+    question: str
+    photo: str
+    answer: str
+
+
+# ------------------------------------------------------------------------------
+# Photographs
+# ------------------------------------------------------------------------------
+
+
+def _read_photo(path) -> Image.Image:
+    with path.open("rb") as file, Image.open(file) as image:
+        photo = ImageOps.exif_transpose(image).convert("RGB")
+    scale = MAX_PHOTO_SIDE / min(photo.size)
+    if scale < 1:
+        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BOX)
+    return photo
+
+
+def load_photos(image_dir: str | Path | None = None) -> dict[str, Image.Image]:
+    """
+    Reads the photographs, sorted by name, shrunk so that the shorter side is 256 pixels at most.
+
+    Args:
+        image_dir (`str` or `Path`, *optional*):
+            Folder whose images (subfolders included, any format that Pillow knows by its suffix) are read. By default
+            the photographs inside scikit-image's wheel are, which needs no network.
+
+    Returns:
+        `dict[str, Image.Image]`: RGB photographs by name, which is the path relative to the folder. Of files with the
+        same pixels only the first stays, so that a copy under another name cannot end up on the other side of a split.
+
+    Raises:
+        ValueError: `image_dir` does not exist, is no folder, holds no image, or holds images that cannot be read.
+        FileNotFoundError: The installed scikit-image lacks one of its photographs.
+    """
+    if image_dir is None:
+        root = resources.files("skimage") / "data"
+        paths = {name: root / name for name in SCIKIT_IMAGE_PHOTOS}
+        missing = [name for name, path in paths.items() if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"The installed scikit-image does not ship {missing}. Install `scikit-image>=0.26`, or pass your own "
+                "photographs with `image_dir`."
+            )
+    else:
+        root = Path(image_dir)
+        if not root.is_dir():
+            raise ValueError(f"`image_dir` must be an existing folder of images, but got '{image_dir}'.")
+        suffixes = Image.registered_extensions()
+        paths = {
+            path.relative_to(root).as_posix(): path
+            for path in sorted(root.rglob("*"))
+            if path.suffix.lower() in suffixes and path.is_file()
+        }
+        if not paths:
+            raise ValueError(f"`image_dir` '{image_dir}' holds no image. Put photographs (.jpg, .png, ...) into it.")
+
+    photos, unreadable, seen = {}, [], set()
+    for name, path in paths.items():
+        try:
+            photo = _read_photo(path)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            unreadable.append(f"{name} ({error})")
+            continue
+        digest = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            photos[name] = photo
+    if unreadable:
+        more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+        raise ValueError(
+            f"`image_dir` '{image_dir}' holds {len(unreadable)} unreadable image(s): {'; '.join(unreadable[:5])}{more}. "
+            "Repair or remove them."
+        )
+    return photos
+
+
+def split_photos(names: Iterable[str], split_seed: int = 5) -> dict[str, list[str]]:
+    """
+    Deals photographs out to training and held-out rows: a fixed shuffle, of which three tenths are held out.
+
+    Args:
+        names (`Iterable[str]`):
+            Names of the photographs, in any order.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Chooses another split. It is not the seed of the rows, which may therefore differ between the two sides.
+
+    Returns:
+        `dict[str, list[str]]`: `"train"` and `"held_out"`, both sorted and disjoint.
+    """
+    shuffled = sorted(set(names), key=lambda name: hashlib.sha256(f"{split_seed}/{name}".encode()).digest())
+    num_held_out = round(0.3 * len(shuffled))
+    return {"train": sorted(shuffled[num_held_out:]), "held_out": sorted(shuffled[:num_held_out])}
+
+
+class _Photos:
+    """The photographs of one side of the split, and random square crops of them."""
+
+    def __init__(self, photos: dict[str, Image.Image]):
+        self.photos = photos
+        self.names = sorted(photos)
+
+    def choose(self, rng: np.random.Generator, count: int) -> list[str]:
+        return [self.names[i] for i in rng.permutation(len(self.names))[:count]]
+
+    def crop(self, rng: np.random.Generator, name: str, size: int, low: float = 0.4, high: float = 1.0) -> Image.Image:
+        """A random square whose side is `low` to `high` of the photograph's shorter side, mirrored half of the time."""
+        photo = self.photos[name]
+        side = rng.uniform(low, high) * min(photo.size)
+        left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+        crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
+
+
+# ------------------------------------------------------------------------------
+# Objects pasted on a photograph
+# ------------------------------------------------------------------------------
+
+
+def _paste(rng: np.random.Generator, canvas: Image.Image, objects: Sequence[PastedObject]) -> None:
+    """Draws each object, black-edged and without smoothing (its colour stays exact), somewhere within its cell."""
+    draw = ImageDraw.Draw(canvas)
+    cell = canvas.width // GRID
+    for item in objects:
+        size = int(rng.integers(round(0.62 * cell), round(0.88 * cell) + 1))
+        x = item.column * cell + int(rng.integers(0, cell - size + 1))
+        y = item.row * cell + int(rng.integers(0, cell - size + 1))
+        right, bottom = x + size - 1, y + size - 1
+        style = {"fill": COLORS[item.color], "outline": (0, 0, 0)}
+        if item.shape == "circle":
+            draw.ellipse((x, y, right, bottom), **style)
+        elif item.shape == "square":
+            draw.rectangle((x, y, right, bottom), **style)
+        elif item.shape == "triangle":
+            draw.polygon([((x + right) // 2, y), (right, bottom), (x, bottom)], **style)
+        else:
+            third = size // 3
+            xs, ys = (x, x + third, right - third, right), (y, y + third, bottom - third, bottom)
+            corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+            draw.polygon([(xs[i], ys[j]) for i, j in corners], **style)
+
+
+def _scene(
+    rng: np.random.Generator,
+    photos: _Photos,
+    size: int,
+    objects: Sequence[PastedObject],
+    question: str,
+    answer: str,
+) -> Puzzle:
+    (photo,) = photos.choose(rng, 1)
+    canvas = photos.crop(rng, photo, size)
+    _paste(rng, canvas, objects)
+    return Puzzle(canvas, question, photo, answer)
+
+
+def _cells(rng: np.random.Generator) -> list[tuple[int, int]]:
+    return [divmod(int(i), GRID) for i in rng.permutation(GRID * GRID)]
+
+
+def _other(rng: np.random.Generator, options: Iterable[str], *excluded: str) -> str:
+    return str(rng.choice([option for option in options if option not in excluded]))
+
+
+def _color(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    shape = str(rng.choice(SHAPES))
+    cells = _cells(rng)[: rng.integers(2, 5)]
+    objects = [PastedObject(*cells[0], shape, answer)]
+    objects += [PastedObject(*cell, _other(rng, SHAPES, shape), _other(rng, COLORS)) for cell in cells[1:]]
+    return _scene(rng, photos, size, objects, QUESTIONS["color"].format(shape=shape), answer)
+
+
+def _counting(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    color = str(rng.choice(list(COLORS)))
+    cells = _cells(rng)
+    count = int(answer)
+    objects = [PastedObject(*cell, _other(rng, SHAPES), color) for cell in cells[:count]]
+    distractors = cells[count : count + rng.integers(0, 4)]
+    objects += [PastedObject(*cell, _other(rng, SHAPES), _other(rng, COLORS, color)) for cell in distractors]
+    return _scene(rng, photos, size, objects, QUESTIONS["counting"].format(color=color), answer)
+
+
+def _spatial_relation(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    step_row, step_column = DIRECTIONS[answer]
+    line, near, far = int(rng.integers(GRID)), *sorted(rng.permutation(GRID)[:2].tolist())
+    start, end = (near, far) if step_row + step_column > 0 else (far, near)
+    reference, target = ((line, start), (line, end)) if step_column else ((start, line), (end, line))
+    color, shape = _other(rng, COLORS), _other(rng, SHAPES)
+    other_color, other_shape = _other(rng, COLORS, color), _other(rng, SHAPES, shape)
+    objects = [PastedObject(*target, shape, color), PastedObject(*reference, other_shape, other_color)]
+    free = [cell for cell in _cells(rng) if cell not in (target, reference)]
+    for cell in free[: rng.integers(0, 3)]:
+        objects.append(
+            PastedObject(*cell, _other(rng, SHAPES, shape, other_shape), _other(rng, COLORS, color, other_color))
+        )
+    question = QUESTIONS["spatial_relation"].format(target=objects[0], reference=objects[1])
+    return _scene(rng, photos, size, objects, question, answer)
+
+
+def _neighbor_color(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    direction = str(rng.choice(list(DIRECTIONS)))
+    inside = [
+        (row, column)
+        for row in range(GRID)
+        for column in range(GRID)
+        if 0 <= row + DIRECTIONS[direction][0] < GRID and 0 <= column + DIRECTIONS[direction][1] < GRID
+    ]
+    row, column = inside[rng.integers(len(inside))]
+    shape, color = _other(rng, SHAPES), _other(rng, COLORS, answer)
+    objects = [PastedObject(row, column, shape, color)]
+    for name, (step_row, step_column) in DIRECTIONS.items():
+        cell = (row + step_row, column + step_column)
+        if min(cell) < 0 or max(cell) >= GRID:
+            continue
+        if name == direction:
+            objects.append(PastedObject(*cell, _other(rng, SHAPES, shape), answer))
+        elif rng.random() < 0.8:
+            objects.append(PastedObject(*cell, _other(rng, SHAPES, shape), _other(rng, COLORS, color, answer)))
+    question = QUESTIONS["neighbor_color"].format(where=PREPOSITIONS[direction], reference=objects[0])
+    return _scene(rng, photos, size, objects, question, answer)
+
+
+def _shared_color_counting(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    shape, color = _other(rng, SHAPES), _other(rng, COLORS)
+    cells = _cells(rng)
+    count = int(answer)
+    objects = [PastedObject(*cells[0], shape, color)]
+    objects += [PastedObject(*cell, _other(rng, SHAPES, shape), color) for cell in cells[1 : count + 1]]
+    distractors = cells[count + 1 : count + 1 + rng.integers(0, 4)]
+    objects += [PastedObject(*cell, _other(rng, SHAPES, shape), _other(rng, COLORS, color)) for cell in distractors]
+    return _scene(rng, photos, size, objects, QUESTIONS["shared_color_counting"].format(shape=shape), answer)
+
+
+def _map(rng: np.random.Generator, photos: _Photos, size: int, field: str) -> Puzzle:
+    """A scene of up to eight shapes, and what is in each cell, in reading order (`none` where nothing was pasted)."""
+    cells = _cells(rng)[: rng.integers(2, 9)]
+    objects = [PastedObject(*cell, _other(rng, SHAPES), _other(rng, COLORS)) for cell in cells]
+    found = {(item.row, item.column): getattr(item, field) for item in objects}
+    answer = " ".join(found.get((row, column), "none") for row in range(GRID) for column in range(GRID))
+    return _scene(rng, photos, size, objects, QUESTIONS[f"{field}_map"], answer)
+
+
+def _color_map(rng: np.random.Generator, photos: _Photos, size: int, answer: None) -> Puzzle:
+    return _map(rng, photos, size, "color")
+
+
+def _shape_map(rng: np.random.Generator, photos: _Photos, size: int, answer: None) -> Puzzle:
+    return _map(rng, photos, size, "shape")
+
+
+def _list(rng: np.random.Generator, photos: _Photos, size: int, kind: str) -> Puzzle:
+    """A scene of two to four different shapes, and a fact about each, in the order of the question."""
+    shapes = rng.permutation(SHAPES)[: rng.integers(2, 5)].tolist()
+    cells = _cells(rng)
+    objects = [PastedObject(*cell, shape, _other(rng, COLORS)) for cell, shape in zip(cells, shapes, strict=False)]
+    if kind == "color_list":
+        facts = [f"{item.shape} {item.color}" for item in objects]
+    else:
+        facts = [f"{item.shape} {item.row + 1} {item.column + 1}" for item in objects]
+    return _scene(rng, photos, size, objects, QUESTIONS[kind].format(shapes=" ".join(shapes)), " ".join(facts))
+
+
+def _color_list(rng: np.random.Generator, photos: _Photos, size: int, answer: None) -> Puzzle:
+    return _list(rng, photos, size, "color_list")
+
+
+def _position_list(rng: np.random.Generator, photos: _Photos, size: int, answer: None) -> Puzzle:
+    return _list(rng, photos, size, "position_list")
+
+
+# ------------------------------------------------------------------------------
+# Photographs compared with photographs
+# ------------------------------------------------------------------------------
+
+
+def _odd_corner(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    photo, foreign = photos.choose(rng, 2)
+    canvas = photos.crop(rng, photo, size, low=0.5)
+    half = size // 2
+    row, column = CORNERS[answer]
+    canvas.paste(photos.crop(rng, foreign, half, low=0.25, high=0.5), (column * half, row * half))
+    return Puzzle(canvas, QUESTIONS["odd_corner"], photo, answer)
+
+
+def _same_photo(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
+    photo, *others = photos.choose(rng, 3)
+    canvas = Image.new("RGB", (size, size))
+    half = size // 2
+    for corner, (row, column) in CORNERS.items():
+        name = photo if corner in ("top left", answer) else others.pop()
+        canvas.paste(photos.crop(rng, name, half, low=0.5, high=0.9), (column * half, row * half))
+    return Puzzle(canvas, QUESTIONS["same_photo"], photo, answer)
+
+
+class _Kind(NamedTuple):
+    make: Callable[[np.random.Generator, _Photos, int, str], Puzzle]
+    choices: tuple[str, ...]
+    num_photos: int = 1  # photographs that one picture is made of
+
+
+KINDS = {
+    "color": _Kind(_color, tuple(COLORS)),
+    "counting": _Kind(_counting, ("1", "2", "3", "4")),
+    "spatial_relation": _Kind(_spatial_relation, tuple(DIRECTIONS)),
+    "neighbor_color": _Kind(_neighbor_color, tuple(COLORS)),
+    "shared_color_counting": _Kind(_shared_color_counting, ("0", "1", "2", "3")),
+    "odd_corner": _Kind(_odd_corner, tuple(CORNERS), num_photos=2),
+    "color_map": _Kind(_color_map, ()),
+    "shape_map": _Kind(_shape_map, ()),
+    "color_list": _Kind(_color_list, ()),
+    "position_list": _Kind(_position_list, ()),
+    "same_photo": _Kind(_same_photo, ("top right", "bottom left", "bottom right"), num_photos=3),
+}
+
+QUESTION_KINDS = tuple(name for name, kind in KINDS.items() if kind.choices)
+READING_KINDS = tuple(name for name, kind in KINDS.items() if not kind.choices)
+
+_CONTENT = datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")})
+_MESSAGES = datasets.List({"role": datasets.Value("string"), "content": _CONTENT})
+FEATURES = datasets.Features(
+    {
+        "images": datasets.List(datasets.Image()),
+        "prompt": _MESSAGES,
+        "completion": _MESSAGES,
+        "kind": datasets.Value("string"),
+        "photo": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+def _encode(canvas: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def build_photo_questions(
+    num_rows: int,
+    split: str = "train",
+    seed: int = 0,
+    image_size: int = 64,
+    image_dir: str | Path | None = None,
+    kinds: Sequence[str] | None = None,
+    split_seed: int = 5,
+) -> datasets.Dataset:
+    """
+    Builds visual questions with known answers from photographs.
+
+    Kinds alternate from row to row, and within a kind the answers take turns, so that answers are balanced to within
+    one row; shuffle the rows for training. The kinds are
+
+    - `color`, `counting`, `spatial_relation`: one look at shapes pasted on a photograph;
+    - `neighbor_color`, `shared_color_counting`: the same in two steps (find one shape, then answer about another);
+    - `odd_corner`: which quarter was replaced by a piece of another photograph;
+    - `same_photo`: which of three panels shows another crop of the first panel's photograph.
+
+    Args:
+        num_rows (`int`):
+            Number of rows, at least one.
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"held_out"`: which photographs the rows are made of. No photograph serves both.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the rows, zero or more. The same arguments give the same bytes, and a longer dataset starts with
+            the rows of a shorter one.
+        image_size (`int`, *optional*, defaults to `64`):
+            Width and height of each picture in pixels: a multiple of 4, at least 48.
+        image_dir (`str` or `Path`, *optional*):
+            Folder of the user's photographs. By default those inside scikit-image's wheel are used, without network.
+        kinds (`Sequence[str]`, *optional*):
+            The kinds of question to build, in this order of turns. All by default.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Which photographs are held out. Give both splits the same value.
+
+    Returns:
+        `datasets.Dataset`: columns `images` (one RGB image of `image_size` x `image_size`), `prompt` and `completion`
+        (TRL's conversational format, one message each), `kind`, `photo` (name of the photograph behind the picture)
+        and `choices` (the possible answers).
+
+    Raises:
+        ValueError: An argument is out of range, `image_dir` is unusable (see [`load_photos`]), or it holds too few
+            photographs for the kinds asked for.
+    """
+    kinds = QUESTION_KINDS if kinds is None else tuple(kinds)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` must name some of {list(KINDS)}, but got {list(kinds)}.")
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {list(SPLITS)}, but got '{split}'.")
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, but got {num_rows}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be zero or more, but got {seed}.")
+    if image_size < MIN_IMAGE_SIZE or image_size % GRID:
+        raise ValueError(
+            f"`image_size` must be a multiple of {GRID}, at least {MIN_IMAGE_SIZE}, but got {image_size}."
+        )
+
+    photos = load_photos(image_dir)
+    names = split_photos(photos, split_seed)
+    needed = max(KINDS[kind].num_photos for kind in kinds)
+    short = {side: len(side_names) for side, side_names in names.items() if len(side_names) < needed}
+    if short:
+        raise ValueError(
+            f"The kinds {list(kinds)} need at least {needed} different photograph(s) for training and as many held out, "
+            f"but the {len(photos)} in `image_dir` leave {short}. Add photographs, or ask for fewer `kinds`."
+        )
+
+    side = _Photos({name: photos[name] for name in names[split]})
+    columns = defaultdict(list)
+    for index in range(num_rows):
+        turn, position = divmod(index, len(kinds))
+        kind = kinds[position]
+        choices = KINDS[kind].choices
+        answer = choices[turn % len(choices)] if choices else None
+        rng = np.random.default_rng((seed, SPLITS.index(split), index))
+        puzzle = KINDS[kind].make(rng, side, image_size, answer)
+        user = [{"type": "image", "text": None}, {"type": "text", "text": puzzle.question}]
+        columns["images"].append([{"bytes": _encode(puzzle.canvas), "path": None}])
+        columns["prompt"].append([{"role": "user", "content": user}])
+        columns["completion"].append([{"role": "assistant", "content": [{"type": "text", "text": puzzle.answer}]}])
+        columns["kind"].append(kind)
+        columns["photo"].append(puzzle.photo)
+        columns["choices"].append(list(choices))
+    return datasets.Dataset.from_dict(dict(columns), features=FEATURES)
+
+
+def question_words() -> list[str]:
+    """Returns every word and mark that questions and answers use, sorted: what the demo's tokenizer is built from."""
+    texts = [*QUESTIONS.values(), *PREPOSITIONS.values(), *COLORS, *SHAPES, "none"]
+    texts += [choice for kind in KINDS.values() for choice in kind.choices]
+    return sorted({word for text in texts for word in re.findall(r"\w+|\?", re.sub(r"{\w+}", "", text))})
+
+
+# ------------------------------------------------------------------------------
+# What a score is compared with
+# ------------------------------------------------------------------------------
+
+
+def answer_text(row: dict[str, Any]) -> str:
+    """Returns the answer of a row in TRL's prompt/completion format: the text of its completion."""
+    return "".join(part["text"] for part in row["completion"][0]["content"] if part["type"] == "text")
+
+
+def _labels(rows: datasets.Dataset) -> datasets.Dataset:
+    return rows.select_columns(["kind", "choices", "completion"])  # leaves the pictures undecoded
+
+
+def chance(rows: datasets.Dataset) -> dict[str, float]:
+    """
+    Accuracy of guessing among the choices, per kind, in kinds' order of appearance.
+
+    Args:
+        rows (`datasets.Dataset`): Rows with the columns `kind`, `choices` and `completion`.
+
+    Returns:
+        `dict[str, float]`: Mean of 1 / number of choices, in 0..1.
+    """
+    values = defaultdict(list)
+    for row in _labels(rows):
+        values[row["kind"]].append(1 / len(row["choices"]))
+    return {kind: float(np.mean(kind_values)) for kind, kind_values in values.items()}
+
+
+def constant_answer(rows: datasets.Dataset) -> dict[str, str]:
+    """
+    The most frequent answer per kind; among equals, the one that is first in the alphabet.
+
+    Args:
+        rows (`datasets.Dataset`): The training rows, with the columns `kind`, `choices` and `completion`.
+
+    Returns:
+        `dict[str, str]`: Answer by kind. [`constant_answer_accuracy`] scores it on held-out rows.
+    """
+    counts = defaultdict(Counter)
+    for row in _labels(rows):
+        counts[row["kind"]][answer_text(row)] += 1
+    return {kind: min(counter, key=lambda answer: (-counter[answer], answer)) for kind, counter in counts.items()}
+
+
+def constant_answer_accuracy(rows: datasets.Dataset, answers: dict[str, str]) -> dict[str, float]:
+    """
+    Accuracy per kind of always giving the same answer.
+
+    Args:
+        rows (`datasets.Dataset`): The rows to score, with the columns `kind`, `choices` and `completion`.
+        answers (`dict[str, str]`): What [`constant_answer`] found on the training rows.
+
+    Returns:
+        `dict[str, float]`: Accuracy in 0..1 by kind.
+    """
+    hits = defaultdict(list)
+    for row in _labels(rows):
+        hits[row["kind"]].append(answer_text(row) == answers[row["kind"]])
+    return {kind: float(np.mean(kind_hits)) for kind, kind_hits in hits.items()}

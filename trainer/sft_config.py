@@ -1,0 +1,134 @@
+"""Settings of AMVL training."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class AMVLSFTConfig(SFTConfig):
+    r"""
+    Configuration of the [`AMVLSFTTrainer`]; the number and size of the latents are in the model's config.
+
+    Every row of the paper's ablation (arXiv 2607.00461) is one field away:
+
+    | objective | fields |
+    |---|---|
+    | NTP only | `beta=0, gamma=0` |
+    | forward only | `ntp_weight=0, gamma=0` |
+    | reverse only | `ntp_weight=0, beta=0` |
+    | NTP + forward | `gamma=0` |
+    | NTP + reverse | `beta=0` |
+    | NTP + both, reverse first | `kl_order="reverse_first"` |
+    | NTP + both, forward first | the default |
+
+    These parameters have other defaults than in [`~trl.SFTConfig`]: `learning_rate` 1e-5 (what rivals use on the paper's
+    data; its own is not stated), `max_length` `None` (1024 can cut image tokens), `router_aux_loss_coef` 0.0.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of prompt and answer together. Longer rows raise; nothing is ever cut."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0, metadata={"help": "Must be 0: AMVL adds no load-balancing loss for mixtures of experts."}
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the forward prior alignment KL(sg[q] || p). Its value is not stated in the paper."
+        },
+    )
+    gamma: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the reverse posterior regularisation KL(sg[p] || q), weaker than `beta`. Its value is not "
+            "stated in the paper."
+        },
+    )
+    ntp_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the next-token loss decoded from posterior samples."}
+    )
+    prior_ntp_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a next-token loss decoded from PRIOR samples, the hybrid objective of Sohn et al. 2015. Not "
+            "in the paper; one more short branch."
+        },
+    )
+    kl_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "`mean` or `sum` of the KL over slots and dimensions. Not stated in the paper. Logs are in nats per slot "
+            "either way."
+        },
+    )
+    kl_order: str = field(
+        default="forward_first",
+        metadata={"help": "`forward_first` (the paper's), `reverse_first` (its ablation) or `together`."},
+    )
+    kl_warmup_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Steps over which a KL term warms up; a share of the run if below 1. Not stated in the paper."
+        },
+    )
+    kl_delay_steps: float = field(
+        default=0.3,
+        metadata={"help": "Steps after which the second term begins; a share of the run if below 1. Not stated."},
+    )
+    freeze_vision: bool = field(default=True, metadata={"help": "Freeze the vision encoder, as in the paper."})
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of an answer. Longer rows raise."}
+    )
+    allow_text_only_rows: bool = field(default=False, metadata={"help": "Accept rows without an image."})
+    check_dataset: bool = field(
+        default=True,
+        metadata={
+            "help": "Look at every row before training: images readable (headers only), as many placeholders as images, "
+            "answers not empty and not too long. Streamed datasets are checked as they come."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("beta", "gamma", "ntp_weight", "prior_ntp_weight", "kl_warmup_steps", "kl_delay_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be 0 or more, got {value}.")
+        if self.ntp_weight == self.prior_ntp_weight == self.beta == self.gamma == 0:
+            raise ValueError(
+                "`ntp_weight`, `prior_ntp_weight`, `beta` and `gamma` are all 0: nothing would be trained."
+            )
+        for name, choices in (
+            ("kl_reduction", ("mean", "sum")),
+            ("kl_order", ("forward_first", "reverse_first", "together")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in ("max_length", "max_completion_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}; `None` sets no limit.")
+        # Settings of SFTTrainer that work on one sequence of prompt and answer, which would leave the latents out.
+        for name, harmless in (
+            ("packing", (False,)),
+            ("padding_free", (False,)),
+            ("assistant_only_loss", (False,)),
+            ("completion_only_loss", (None, True)),
+            ("loss_type", ("nll",)),
+            ("label_smoothing_factor", (0.0,)),
+            ("router_aux_loss_coef", (0.0, None)),
+            ("use_liger_kernel", (False,)),
+        ):
+            if getattr(self, name) not in harmless:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` would bypass the latents or their loss: leave it at {harmless[0]!r}."
+                )
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.0
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` recomputes layers without the prompt's cache: set "
+                "`use_reentrant` to `False`."
+            )

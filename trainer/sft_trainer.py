@@ -1,0 +1,354 @@
+"""TRL's SFTTrainer with the AMVL objective: the latents in the step, the train-inference gap on the screen."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Image, Sequence
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+from trl import SFTTrainer
+
+from model_cards import render_card
+from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+
+from .collator import AMVLDataCollator
+from .objective import amvl_loss, latent_statistics
+from .schedules import kl_weights
+from .sft_config import AMVLSFTConfig
+
+
+# The parts that LoRA would freeze, which is to say switch off.
+LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
+
+
+class AMVLSFTTrainer(SFTTrainer):
+    """
+    Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
+
+    Args:
+        model ([`AMVLForConditionalGeneration`], `PeftModel` over one, or `str`): a string is a checkpoint of this class, or a
+            stock model to wrap with the default number and size of latents.
+        args ([`AMVLSFTConfig`], *optional*): settings.
+        data_collator (`Callable`, *optional*): by default [`AMVLDataCollator`].
+        train_dataset (`Dataset` or `IterableDataset`): rows as [`AMVLDataCollator`] takes them.
+        eval_dataset (`Dataset`, *optional*): rows of the same form; a `dict` of them is evaluated one by one.
+        processing_class (`ProcessorMixin`, *optional*): an [`AMVLProcessor`] or a stock processor to make one of.
+        peft_config (`PeftConfig`, *optional*): adapts the language model; heads and projection are trained and saved whole.
+        **kwargs: `callbacks`, `optimizers`, `compute_metrics` and others of [`~trl.SFTTrainer`].
+
+    Logged at each step: `ntp` in nats per token, `forward_kl` and `reverse_kl` in nats per slot, `beta`, `gamma`,
+    `prior_std`, `posterior_std`, `active_units` and `latent_norm_ratio` (norm of an injected latent over that of a token
+    embedding). Logged at evaluation, decoded with latents from `posterior`, from `prior` and with `no_latents`: `nll_*` in
+    nats per token, `accuracy_*` (rows whose every token comes first) and `token_accuracy_*`.
+
+    Raises:
+        ValueError: a row, a model or a setting under which the latents could not be trained; before training starts.
+    """
+
+    _tag_names = ["trl", "sft", "amvl"]
+    _name = "AMVL"
+    # Both terms are divided by the tokens and rows of the whole step, accumulation and devices included.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        if args is None:
+            args = AMVLSFTConfig("amvl-sft")
+        elif not isinstance(args, AMVLSFTConfig):
+            raise TypeError(
+                f"`args` must be an `AMVLSFTConfig`, got `{type(args).__name__}`: it has the KL terms' weights."
+            )
+        for name in ("compute_loss_func", "formatting_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` would bypass the latents: leave it out.")
+        processing_class = self._amvl_processor(model, processing_class)
+        if data_collator is None:
+            data_collator = AMVLDataCollator(
+                processing_class, args.max_length, args.max_completion_length, args.allow_text_only_rows
+            )
+        if args.check_dataset and isinstance(data_collator, AMVLDataCollator):
+            named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+                if isinstance(dataset, Dataset):
+                    check_dataset(dataset, data_collator, name)
+        if isinstance(model, str):
+            model = self._load(model, args)
+            args.model_init_kwargs = None
+        self._check_model(model, peft_config)
+        if peft_config is not None:
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *LATENT_MODULES})
+        if args.freeze_vision:
+            self._freeze_vision(model, peft_config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
+        vars(amvl_model(self.model)).pop("forward", None)
+        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "LoRA with ZeRO-3 and gradient checkpointing makes TRL use `use_reentrant=True`, which recomputes layers "
+                "without the prompt's cache: set `gradient_checkpointing=False`, or use ZeRO-2."
+            )
+        self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        self._num_rows_in_batch = None
+        self._last_evaluation = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before training
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _amvl_processor(model, processing_class):
+        if processing_class is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            if not name:
+                raise ValueError(
+                    "`processing_class` is needed: the model was not loaded from a place that has a processor."
+                )
+            is_amvl = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "amvl"
+            return AMVLProcessor.from_pretrained(name) if is_amvl else AMVLProcessor.from_backbone(name)
+        if isinstance(processing_class, AMVLProcessor) or hasattr(processing_class, "latent_token_id"):
+            return processing_class
+        return AMVLProcessor.from_backbone(processing_class)
+
+    @staticmethod
+    def _load(name, args):
+        settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            settings["device_map"] = None
+        if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "amvl":
+            return AMVLForConditionalGeneration.from_pretrained(name, **settings)
+        return AMVLForConditionalGeneration.from_backbone(
+            name, latent_token_id=AMVLProcessor.from_backbone(name).latent_token_id, **settings
+        )
+
+    @staticmethod
+    def _check_model(model, peft_config):
+        inner = amvl_model(model)
+        if getattr(inner.config, "model_type", None) != "amvl":
+            raise ValueError(
+                f"`model` is a `{type(inner).__name__}` without latents: wrap it with "
+                "`AMVLForConditionalGeneration.from_backbone`."
+            )
+        if peft_config is None:
+            for name in LATENT_MODULES:
+                if not any(parameter.requires_grad for parameter in getattr(inner, name).parameters()):
+                    raise ValueError(
+                        f"`{name}` is frozen, so the latents would not be trained: add {list(LATENT_MODULES)} to "
+                        "`modules_to_save` of the LoRA config, or pass it as `peft_config`."
+                    )
+
+    @staticmethod
+    def _freeze_vision(model, peft_config):
+        backbone = amvl_model(model).backbone
+        encoder = backbone.get_encoder(modality="image")
+        if encoder is backbone or encoder is backbone.base_model:
+            raise ValueError(
+                f"`freeze_vision=True`, but `{type(backbone).__name__}` has no vision encoder of its own to freeze: set "
+                "`freeze_vision=False`."
+            )
+        encoder.requires_grad_(False)
+        if peft_config is not None and getattr(peft_config, "exclude_modules", "no such field") is None:
+            name = next(name for name, module in backbone.named_modules() if module is encoder)
+            peft_config.exclude_modules = rf".*\b{name.replace('.', chr(92) + '.')}\..*"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A step
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if not batch_samples:
+            return None
+        if any("completion_mask" not in batch for batch in batch_samples):
+            raise ValueError(
+                f"`data_collator` must return `completion_ids` and `completion_mask`, got {sorted(batch_samples[0])}: use "
+                "`AMVLDataCollator`."
+            )
+        num_tokens = sum(int(batch["completion_mask"].sum()) for batch in batch_samples)
+        counts = torch.tensor(
+            [[num_tokens, sum(len(batch["completion_mask"]) for batch in batch_samples)]], device=device
+        )
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts).sum(0, keepdim=True)
+        self._num_rows_in_batch = counts[0, 1].item()
+        return counts[0, 0]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        training = self.model.training
+        args = self.args
+        sampling = {} if training else {"latent_temperature": amvl_model(self.model).config.latent_temperature}
+        outputs = model(
+            **inputs,
+            decode_prior=not training or args.prior_ntp_weight > 0,
+            decode_no_latents=not training,
+            num_items_in_batch=num_items_in_batch,
+            **sampling,
+        )
+        prior = outputs["prior_mean"], outputs["prior_log_variance"]
+        posterior = outputs["posterior_mean"], outputs["posterior_log_variance"]
+        num_steps = max(self.state.max_steps, 1)
+        beta, gamma = kl_weights(
+            self.state.global_step,
+            num_steps,
+            args.beta,
+            args.gamma,
+            args.kl_order,
+            args.kl_warmup_steps,
+            args.kl_delay_steps,
+        )
+        loss, _ = amvl_loss(
+            outputs["loss"],
+            prior,
+            posterior,
+            beta,
+            gamma,
+            ntp_weight=args.ntp_weight,
+            prior_ntp=outputs["prior_loss"] if args.prior_ntp_weight > 0 else None,
+            prior_ntp_weight=args.prior_ntp_weight,
+            reduction=args.kl_reduction,
+            num_rows=None if num_items_in_batch is None else self._num_rows_in_batch,
+        )
+        if num_items_in_batch is not None and args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the counts are of all devices, and gradients get averaged
+        self._record(outputs, inputs, prior, posterior, beta, gamma)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(self, outputs, inputs, prior, posterior, beta, gamma):
+        """Adds a batch to the running means, summed over devices."""
+        mask, ids = inputs["completion_mask"].bool(), inputs["completion_ids"]
+        num_rows, num_tokens = float(len(ids)), float(mask.sum())
+        values = {name: (value, num_rows) for name, value in latent_statistics(prior, posterior).items()}
+        values["beta"], values["gamma"] = (beta, num_rows), (gamma, num_rows)
+        values["latent_norm_ratio"] = (self._latent_norm_ratio(outputs["latents"]), num_rows)
+        for source, key in (("posterior", "logits"), ("prior", "prior_logits"), ("no_latents", "no_latents_logits")):
+            logits = outputs.get(key)
+            if logits is None:
+                continue
+            log_probs = logits.float().log_softmax(-1)
+            nll = -log_probs.gather(-1, ids[..., None].to(logits.device))[..., 0]
+            first = log_probs.argmax(-1) == ids
+            nll, right = nll[mask].sum().item(), (first & mask).sum().item()
+            if self.model.training:
+                values["ntp" if source == "posterior" else f"ntp_{source}"] = (nll / num_tokens, num_tokens)
+                values[f"token_accuracy_{source}"] = (right / num_tokens, num_tokens)
+            else:
+                values[f"nll_{source}"] = (nll / num_tokens, num_tokens)
+                values[f"token_accuracy_{source}"] = (right / num_tokens, num_tokens)
+                whole = (first | ~mask).all(1).sum().item()
+                values[f"accuracy_{source}"] = (whole / num_rows, num_rows)
+        summed = torch.tensor([[value * weight, weight] for value, weight in values.values()], dtype=torch.float64)
+        if self.args.world_size > 1:
+            device = self.accelerator.device
+            summed = self.accelerator.reduce(summed.to(device, torch.float32), reduction="sum").cpu()
+        totals = self._totals["train" if self.model.training else "eval"]
+        for name, (value, weight) in zip(values, summed.tolist(), strict=True):
+            totals[name][0] += value
+            totals[name][1] += weight
+
+    def _latent_norm_ratio(self, latents):
+        inner = amvl_model(self.model)
+        projection = inner.latent_projection
+        norm = projection(latents.to(projection.weight.dtype)).float().norm(dim=-1).mean().item()
+        if getattr(self, "_embedding_norm", None) is None:
+            self._embedding_norm = inner.typical_embedding_norm()
+        return norm / self._embedding_norm
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        labels = inputs["completion_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        return loss.detach(), outputs["prior_logits"].detach(), labels
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        for name, (value, weight) in self._totals[mode].items():
+            self._metrics[mode][name] = [value / weight]
+        self._totals[mode].clear()
+        super().log(logs, start_time)
+        if mode == "eval":
+            self._last_evaluation = {key: value for key, value in logs.items() if isinstance(value, float)}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is left behind
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes the model card into the output folder, on the main process."""
+        if not self.is_world_process_zero():
+            return
+        shown = (
+            "beta",
+            "gamma",
+            "ntp_weight",
+            "prior_ntp_weight",
+            "kl_reduction",
+            "kl_order",
+            "kl_warmup_steps",
+            "kl_delay_steps",
+            "freeze_vision",
+            "learning_rate",
+            "seed",
+        )
+        settings = {name: getattr(self.args, name) for name in shown}
+        settings["optimiser steps"] = self.state.global_step
+        settings["rows per step"] = (
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        card = render_card(
+            amvl_model(self.model).config,
+            model_name or Path(self.args.output_dir).name,
+            settings,
+            metrics=self._last_evaluation,
+            hub_model_id=self.hub_model_id,
+            datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
+        )
+        card.save(str(Path(self.args.output_dir) / "README.md"))
+
+
+def amvl_model(model):
+    """The [`AMVLForConditionalGeneration`] inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def check_dataset(dataset, collator, name):
+    """
+    Looks at every row of a dataset without decoding its images.
+
+    Args:
+        dataset (`datasets.Dataset`): rows as the collator takes them.
+        collator ([`AMVLDataCollator`]): whose limits apply.
+        name (`str`): how an error calls the dataset.
+
+    Raises:
+        ValueError: the first row that cannot be trained on.
+    """
+    for column in {"images", "image"} & set(dataset.column_names):
+        feature = dataset.features[column]
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
+    for index, row in enumerate(tqdm(dataset, desc=f"Checking {name}", leave=False)):
+        collator.render(row, f"Row {index} of `{name}`", open_images=False)
