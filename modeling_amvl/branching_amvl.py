@@ -133,6 +133,19 @@ def thaw_cache(frozen):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def output_embeddings(backbone):
+    """The head over the vocabulary, of the model or of the language model inside it; `None` if there is none."""
+    models = [backbone, *(module for module in backbone.modules() if isinstance(module, PreTrainedModel))]
+    return next((head for head in map(_own_output_embeddings, models) if head is not None), None)
+
+
+def _own_output_embeddings(model):
+    try:
+        return model.get_output_embeddings()
+    except NotImplementedError:
+        return None
+
+
 class _Tap:
     """What one forward of the backbone let through: final hidden states `(B, N, D)` and how often latents went in."""
 
@@ -158,9 +171,9 @@ def tapped(backbone, shape, head_slice, latents=None, latents_start=0):
     tap, thread = _Tap(), threading.get_ident()
 
     def read_hidden(module, args):
-        if threading.get_ident() == thread and args and args[0].shape[:2] == shape:
-            tap.hidden = args[0]
-            return (args[0][:, head_slice], *args[1:])
+        if threading.get_ident() == thread and args and args[0].shape[0] == shape[0] and args[0].shape[1] >= shape[1]:
+            tap.hidden = args[0][:, -shape[1] :]  # some models put their images before the ids
+            return (tap.hidden[:, head_slice], *args[1:])
 
     def inject(module, args, output):
         if threading.get_ident() == thread and output.shape[:2] == shape:
@@ -169,7 +182,7 @@ def tapped(backbone, shape, head_slice, latents=None, latents_start=0):
             entered = latents.to(output.device, output.dtype)
             return torch.cat([output[:, :latents_start], entered, output[:, stop:]], dim=1)
 
-    hooks = [backbone.get_output_embeddings().register_forward_pre_hook(read_hidden)]
+    hooks = [output_embeddings(backbone).register_forward_pre_hook(read_hidden)]
     if latents is not None:
         hooks.append(backbone.get_input_embeddings().register_forward_hook(inject))
     try:

@@ -13,6 +13,11 @@ from torch import nn
 INITIAL_LOG_VARIANCE = -2.0
 
 
+def upcast(tensor):
+    """fp32 from a half-precision tensor; any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 class GaussianHead(nn.Module):
     """
     Reads a diagonal Gaussian off each hidden state.
@@ -35,9 +40,7 @@ class GaussianHead(nn.Module):
     def forward(self, hidden):  # (B, K, D)
         """Returns mean and log-variance, each `(B, K, Z)` and fp32, or finer where the model is."""
         normed = self.norm(hidden.to(self.mean.weight.dtype))  # (B, K, D)
-        mean, log_variance = self.mean(normed), self.log_variance(normed)  # (B, K, Z)
-        if mean.dtype in (torch.float16, torch.bfloat16):
-            mean, log_variance = mean.float(), log_variance.float()
+        mean, log_variance = upcast(self.mean(normed)), upcast(self.log_variance(normed))  # (B, K, Z)
         log_variance = self.max_log_variance - nn.functional.softplus(self.max_log_variance - log_variance)
         log_variance = self.min_log_variance + nn.functional.softplus(log_variance - self.min_log_variance)
         return mean, log_variance

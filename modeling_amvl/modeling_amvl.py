@@ -17,10 +17,10 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ModelOutput
 
-from .branching_amvl import PLANS
+from .branching_amvl import PLANS, output_embeddings
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
-from .latents_amvl import GaussianHead, reset_projection, sample_latents
+from .latents_amvl import GaussianHead, reset_projection, sample_latents, upcast
 
 
 # A table that has to grow does so to a multiple of this, the step in which matrix kernels are fast.
@@ -422,7 +422,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._refuse_latents(latents, (input_ids.shape[0],))
         prompt = self._prompt(input_ids, attention_mask, inputs)
         logits = self._decode(prompt, completion_ids, completion_mask, latents)  # (B, A, V)
-        log_probs = logits.float().log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
+        log_probs = upcast(logits).log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
         return log_probs.masked_fill(completion_mask.to(log_probs.device) == 0, 0.0)
 
     @torch.no_grad()
@@ -532,7 +532,7 @@ def next_token_loss(logits, targets, num_items_in_batch=None):
         `torch.Tensor`: scalar, in nats per token.
     """
     targets = targets.to(logits.device)
-    total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    total = nn.functional.cross_entropy(upcast(logits.flatten(0, 1)), targets.flatten(), reduction="sum")
     return total / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -621,9 +621,11 @@ def _refuse_backbone(backbone):
     name = f"`{type(backbone).__name__}`"
     if not backbone.can_generate():
         raise ValueError(f"{name} cannot generate text: pass a model with a language-modelling head.")
-    if backbone.get_output_embeddings() is None:
+    if output_embeddings(backbone) is None:
         raise ValueError(f"{name} has no output embeddings, whose input the latents are read from.")
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "past_key_values" not in parameters and not takes_any:
         raise ValueError(f"{name} takes no `past_key_values`, in which latents would live.")
 
 

@@ -91,7 +91,7 @@ def build_tiny_backbone(seed: int = 0, **kw):
     )
     vision_config = CLIPVisionConfig(
         hidden_size=g["vh"],
-        intermediate_size=2 * g["vh"],
+        intermediate_size=4 * g["vh"],
         num_hidden_layers=g["vl"],
         num_attention_heads=4,
         image_size=g["image_size"],

@@ -65,6 +65,7 @@ QUESTIONS = {
     "shared_color_counting": "How many other shapes have the color of the {shape}?",
     "color_map": "Which color is in each cell?",
     "shape_map": "Which shape is in each cell?",
+    "photo_map": "Which cells belong to the photo?",
     "color_list": "List the color of {shapes}",
     "position_list": "List the row and column of {shapes}",
     "odd_corner": "Which corner does not belong to the photo?",
@@ -217,7 +218,7 @@ def _paste(rng: np.random.Generator, canvas: Image.Image, objects: Sequence[Past
     draw = ImageDraw.Draw(canvas)
     cell = canvas.width // GRID
     for item in objects:
-        size = int(rng.integers(round(0.62 * cell), round(0.88 * cell) + 1))
+        size = int(rng.integers(round(0.75 * cell), round(0.95 * cell) + 1))
         x = item.column * cell + int(rng.integers(0, cell - size + 1))
         y = item.row * cell + int(rng.integers(0, cell - size + 1))
         right, bottom = x + size - 1, y + size - 1
@@ -387,6 +388,15 @@ def _same_photo(rng: np.random.Generator, photos: _Photos, size: int, answer: st
     return Puzzle(canvas, QUESTIONS["same_photo"], photo, answer)
 
 
+def _photo_map(rng: np.random.Generator, photos: _Photos, size: int, answer: None) -> Puzzle:
+    """The picture of `odd_corner`, and for each cell of the grid, in reading order, whether it shows the photograph."""
+    corner = _other(rng, CORNERS)
+    puzzle = _odd_corner(rng, photos, size, corner)
+    cells = [(row * 2 // GRID, column * 2 // GRID) for row in range(GRID) for column in range(GRID)]
+    words = ["other" if cell == CORNERS[corner] else "photo" for cell in cells]
+    return puzzle._replace(question=QUESTIONS["photo_map"], answer=" ".join(words))
+
+
 class _Kind(NamedTuple):
     make: Callable[[np.random.Generator, _Photos, int, str], Puzzle]
     choices: tuple[str, ...]
@@ -402,6 +412,7 @@ KINDS = {
     "odd_corner": _Kind(_odd_corner, tuple(CORNERS), num_photos=2),
     "color_map": _Kind(_color_map, ()),
     "shape_map": _Kind(_shape_map, ()),
+    "photo_map": _Kind(_photo_map, (), num_photos=2),
     "color_list": _Kind(_color_list, ()),
     "position_list": _Kind(_position_list, ()),
     "same_photo": _Kind(_same_photo, ("top right", "bottom left", "bottom right"), num_photos=3),
