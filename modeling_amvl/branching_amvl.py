@@ -202,29 +202,38 @@ def tapped(backbone, shape, head_slice, latents=None, latents_start=0):
 
 
 @contextlib.contextmanager
-def _cache_under_checkpointing(backbone):
-    """Lets checkpointed layers keep the cache, which transformers takes away because a native cache would grow twice."""
-    checkpointed = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
-    layers = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
-    # A whole model with the flag turns `use_cache` off; its layers do the checkpointing.
-    models = [module for module in checkpointed if isinstance(module, PreTrainedModel)]
-    # It would say that the cache was switched off, which is just what does not happen here.
-    layer_logger = logging.getLogger("transformers.modeling_layers")
-    level = layer_logger.level
-    layer_logger.setLevel(logging.ERROR)
-    for layer in layers:
-        _refuse_reentrant(layer._gradient_checkpointing_func)
-        layer._can_checkpoint_with_cache = True
-    for model in models:
-        model.gradient_checkpointing = False
+def without_checkpointing(modules):
+    """Switches gradient checkpointing off in those of `modules` that have it on."""
+    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
     try:
         yield
     finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
+def _cache_under_checkpointing(backbone):
+    """Lets checkpointed layers keep the cache, which transformers takes away: a native cache would grow twice."""
+    modules = list(backbone.modules())
+    layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        _refuse_reentrant(layer._gradient_checkpointing_func)
+        layer._can_checkpoint_with_cache = True
+    # It would say that the cache was switched off, which is just what does not happen here.
+    logger = logging.getLogger("transformers.modeling_layers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # A whole model with the flag turns `use_cache` off; its layers do the checkpointing.
+        with without_checkpointing(module for module in modules if isinstance(module, PreTrainedModel)):
+            yield
+    finally:
+        logger.setLevel(level)
         for layer in layers:
-            del layer._can_checkpoint_with_cache
-        for model in models:
-            model.gradient_checkpointing = True
-        layer_logger.setLevel(level)
+            vars(layer).pop("_can_checkpoint_with_cache", None)
 
 
 def _refuse_reentrant(checkpoint_function):

@@ -11,7 +11,7 @@ import functools
 import torch
 from transformers.generation import GenerationMixin
 
-from .branching_amvl import SharedPrompt, extend_model_kwargs, tapped
+from .branching_amvl import SharedPrompt, extend_model_kwargs, tapped, without_checkpointing
 from .latents_amvl import draw_noise, sample_latents
 
 
@@ -19,6 +19,9 @@ from .latents_amvl import draw_noise, sample_latents
 REFUSED_ARGUMENTS = {
     "assistant_model": "assisted decoding rolls the cache back over the latents",
     "prompt_lookup_num_tokens": "assisted decoding rolls the cache back over the latents",
+    "assistant_early_exit": "assisted decoding rolls the cache back over the latents",
+    "use_mtp": "assisted decoding rolls the cache back over the latents",
+    "guidance_scale": "its unconditional half would run without latents",
     "custom_generate": "a decoding loop of your own would not read the latents",
     "past_key_values": "a given cache holds no latents",
     "inputs_embeds": "the prompt is needed as `input_ids`",
@@ -136,11 +139,13 @@ def generate_with_latents(backbone, decoding, inputs, **kwargs):
     decoder = object.__new__(_decoder_class(native_class))  # shares every module and hook with the backbone
     settings = decoding.model.generation_config
     vars(decoder).update(vars(backbone), latent_decoding=decoding, generation_config=settings)
-    outputs = GenerationMixin.generate(decoder, inputs, **kwargs)
+    # transformers takes the cache from checkpointed layers; without gradients there is nothing to checkpoint.
+    with without_checkpointing(backbone.modules()):
+        outputs = GenerationMixin.generate(decoder, inputs, **kwargs)
     if decoding.decoded_latents is None:
         raise RuntimeError(
             f"No latent reached the decoder of `{native_class.__name__}`: its `generate` has no prefill."
         )
     if not torch.is_tensor(outputs):
-        outputs.latents = decoding.decoded_latents
+        outputs["latents"] = decoding.decoded_latents
     return outputs

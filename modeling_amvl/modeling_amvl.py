@@ -8,11 +8,12 @@ Shapes: B batch, S sequence, P prompt, A answer, K latent slots, Z latent size, 
 """
 
 import inspect
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ModelOutput
@@ -132,7 +133,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Wraps a stock image-text-to-text model; its weights stay as they are and are not copied.
 
         Args:
-            model_or_id (`PreTrainedModel` or `str`): a stock model, a Hub id or a local folder.
+            model_or_id (`PreTrainedModel`, `str` or `os.PathLike`): a stock model, a Hub id or a local folder.
             num_latents (`int`, defaults to 8): K.
             latent_size (`int`, defaults to 512): Z.
             latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default a
@@ -147,7 +148,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the backbone cannot carry latents, or a setting under which they would do nothing.
         """
-        if isinstance(model_or_id, str):
+        if isinstance(model_or_id, (str, os.PathLike)):
             backbone_config = AutoConfig.from_pretrained(model_or_id)
             _refuse_config(backbone_config)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
@@ -205,19 +206,23 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the checkpoint is another model type, or lacks the latent parts.
         """
-        if "config" not in kwargs:
+        name = pretrained_model_name_or_path
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):
+            model_type = config.model_type
+        else:
             given = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=True, **given)
-            _refuse_model_type(config, pretrained_model_name_or_path)
-        elif getattr(kwargs["config"], "model_type", None) is not None:
-            _refuse_model_type(kwargs["config"], pretrained_model_name_or_path)
+            model_type = cls.config_class.get_config_dict(config or name, **given)[0].get("model_type")
+        _refuse_model_type(model_type, name)
+        kwargs.setdefault("use_safetensors", True)
         wants_loading_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         parts = ("prior_head.", "posterior_head.", "latent_projection.")
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(parts))
+        mismatched = {key for key, *_ in info["mismatched_keys"]}
+        missing = sorted(key for key in {*info["missing_keys"], *mismatched} if key.startswith(parts))
         if missing:
             raise ValueError(
-                f"`{pretrained_model_name_or_path}` has no weights for {missing}: its latents would be random. Save the "
+                f"`{name}` has no fitting weights for {missing}: its latents would be random. Save the "
                 "whole model with `save_pretrained`, or wrap a stock model with `from_backbone`."
             )
         return (model, info) if wants_loading_info else model
@@ -299,8 +304,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         elif completion_ids is not None:
             completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
-            targets = completion_ids.masked_fill(completion_mask == 0, -100)
             _refuse_completion(input_ids, completion_ids, completion_mask)
+            targets = completion_ids.masked_fill(completion_mask == 0, -100)
         prompt = self._prompt(input_ids, attention_mask, inputs)
         prior_mean, prior_log_variance = self._read_prior(prompt)
         output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
@@ -328,6 +333,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def _prompt(self, input_ids, attention_mask, inputs):
+        _refuse_right_padding(attention_mask)
         self.config.validate_latents()
         return PLANS[self.config.multipass](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
 
@@ -483,26 +489,29 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: an argument that latents do not go with.
             RuntimeError: no latent reached the decoder.
         """
+        settings = self.generation_config if generation_config is None else generation_config
+
+        def setting(name, default=None):
+            value = kwargs.get(name, getattr(settings, name, None))
+            return default if value is None else value
+
         for name, reason in REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None:
+            if setting(name) is not None and setting(name) is not False:
                 raise ValueError(
                     f"`{name}` does not go with latents: {reason}. Leave it out, or use `model.backbone`."
                 )
+        if setting("cache_implementation") == "paged":
+            raise ValueError("`cache_implementation='paged'` does not go with latents: it batches without a prefill.")
+        if setting("use_cache", True) is False:
+            raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
             got = tuple(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
             raise ValueError(
                 f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns."
             )
+        _refuse_right_padding(kwargs.get("attention_mask"))
         self.config.validate_latents()
-        settings = self.generation_config if generation_config is None else generation_config
-
-        def setting(name, default):
-            value = kwargs.get(name, getattr(settings, name, None))
-            return default if value is None else value
-
-        if setting("use_cache", True) is False:
-            raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         if temperature < 0:
             raise ValueError(f"`latent_temperature` must be 0 or more, got {temperature}.")
@@ -512,6 +521,10 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._refuse_latents(latents, (num_rows, num_rows * max(num_beams, setting("num_return_sequences", 1))))
         decoding = LatentDecoding(self, num_rows, latents, temperature, generator, noise_per_sequence=num_beams == 1)
         return generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: continuous batching runs without a prefill of its own, so that no latent would reach the decoder."""
+        raise NotImplementedError("`generate_batch` does not go with latents: call `generate` on a padded batch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +557,7 @@ def split_at_first_label(input_ids, attention_mask, labels, inputs):
         input_ids (`torch.LongTensor`): `(B, S)`.
         attention_mask (`torch.LongTensor`, *optional*): `(B, S)`.
         labels (`torch.LongTensor`): `(B, S)`, -100 where nothing counts.
-        inputs (`dict`): the backbone's other inputs; those of shape `(B, S)` are cut and moved like `input_ids`.
+        inputs (`dict`): the backbone's other inputs; those of shape `(B, S, ...)` are cut and moved like `input_ids`.
 
     Returns:
         `tuple`: prompts `(B, P)` left-padded and their mask, completions `(B, A)` right-padded, their mask and labels, and
@@ -569,13 +582,15 @@ def split_at_first_label(input_ids, attention_mask, labels, inputs):
         # A stable sort brings the kept tokens of each row together, on the side away from the padding.
         order = kept.int().argsort(dim=1, stable=True, descending=not left)
         order = order[:, -size:] if left else order[:, :size]
-        return tensor.gather(1, order).masked_fill(~kept.gather(1, order), fill)
+        rows = torch.arange(num_rows, device=order.device)[:, None]
+        dropped = ~kept.gather(1, order)
+        return tensor[rows, order].masked_fill(dropped.view(*dropped.shape, *[1] * (tensor.ndim - 2)), fill)
 
     def of_prompt(tensor):
         return gather(in_prompt, tensor, 0, left=True)
 
     inputs = {
-        key: of_prompt(value) if torch.is_tensor(value) and value.shape == input_ids.shape else value
+        key: of_prompt(value) if torch.is_tensor(value) and value.shape[:2] == input_ids.shape else value
         for key, value in inputs.items()
     }
     return (
@@ -598,10 +613,10 @@ def _reserve_latent_token(backbone, latent_token_id, num_rows):
                 module.weight[num_rows:] = module.weight[:num_rows].float().mean(0).to(module.weight.dtype)
 
 
-def _refuse_model_type(config, name):
-    if config.model_type != AMVLConfig.model_type:
+def _refuse_model_type(model_type, name):
+    if model_type != AMVLConfig.model_type:
         raise ValueError(
-            f"`{name}` holds a `{config.model_type}` model, not an `{AMVLConfig.model_type}` one: wrap it with "
+            f"`{name}` holds a `{model_type}` model, not an `{AMVLConfig.model_type}` one: wrap it with "
             "`AMVLForConditionalGeneration.from_backbone`."
         )
 
@@ -630,7 +645,7 @@ def _refuse_backbone(backbone):
 
 
 def _refuse_token(backbone, latent_token_id, num_rows):
-    if latent_token_id >= num_rows + 1024:
+    if latent_token_id > num_rows + EMBEDDING_ROWS_MULTIPLE:
         raise ValueError(
             f"`latent_token_id` is {latent_token_id}, but the embedding table has {num_rows} rows: take a row of it, or "
             "the next one."
@@ -643,6 +658,14 @@ def _refuse_token(backbone, latent_token_id, num_rows):
                 raise ValueError(
                     f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own."
                 )
+
+
+def _refuse_right_padding(attention_mask):
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError(
+            "`attention_mask` ends with 0 in some row: prompts must be left-padded (`padding_side='left'`), as an "
+            "`AMVLProcessor` does."
+        )
 
 
 def _refuse_completion(input_ids, completion_ids, completion_mask):

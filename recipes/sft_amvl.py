@@ -13,12 +13,12 @@ import sys
 from dataclasses import dataclass, field
 
 from datasets import load_dataset, load_from_disk
-from transformers import AutoConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
 from trainer.data.monet import SUBSETS, read_monet
+from trainer.sft_trainer import model_type_of
 
 
 @dataclass
@@ -42,11 +42,17 @@ class AMVLScriptArguments(ScriptArguments):
     latent_size: int = field(default=512, metadata={"help": "Size of a latent slot of a new AMVL model."})
     latent_temperature: float = field(default=0.0, metadata={"help": "Default temperature of `generate`."})
     multipass: str = field(default="auto", metadata={"help": "`auto`, `shared` or `full`, see AMVLConfig."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Fewest pixels of an image, where the processor has it."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Most pixels of an image, where the processor has it."})
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Fewest pixels of an image, where the processor has it."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Most pixels of an image, where the processor has it."}
+    )
     merge_lora: bool = field(
         default=True,
-        metadata={"help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged."},
+        metadata={
+            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged."
+        },
     )
 
 
@@ -63,27 +69,27 @@ def load_rows(arguments):
     try:
         splits = load_from_disk(arguments.dataset_name)
     except FileNotFoundError:
-        splits = load_dataset(
-            arguments.dataset_name, arguments.dataset_config, streaming=arguments.dataset_streaming
-        )
+        splits = load_dataset(arguments.dataset_name, arguments.dataset_config, streaming=arguments.dataset_streaming)
     if arguments.dataset_train_split not in splits:
         raise ValueError(
             f"`dataset_train_split` is {arguments.dataset_train_split!r}, but `{arguments.dataset_name}` has {list(splits)}."
         )
-    evaluation = splits[arguments.dataset_test_split] if arguments.dataset_test_split in splits else None
+    evaluation = splits.get(arguments.dataset_test_split)
     return splits[arguments.dataset_train_split], evaluation
 
 
 def load_model(arguments, model_config):
     """The AMVL model and its processor: a trained one, or a stock one wrapped."""
     name, revision = model_config.model_name_or_path, model_config.model_revision
-    pixels = {key: getattr(arguments, key) for key in ("min_pixels", "max_pixels") if getattr(arguments, key) is not None}
+    pixels = {
+        key: getattr(arguments, key) for key in ("min_pixels", "max_pixels") if getattr(arguments, key) is not None
+    }
     settings = {
         "revision": revision,
         "dtype": model_config.dtype or "auto",
         "attn_implementation": model_config.attn_implementation,
     }
-    if AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True).model_type == "amvl":
+    if model_type_of(name, revision=revision) == "amvl":
         processor = AMVLProcessor.from_pretrained(name, revision=revision, **pixels)
         return AMVLForConditionalGeneration.from_pretrained(name, **settings), processor
     processor = AMVLProcessor.from_backbone(name, revision=revision, **pixels)

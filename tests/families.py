@@ -9,6 +9,7 @@ what each of its rows gives alone.
 Shapes: B batch, P prompt, A answer.
 """
 
+import copy
 import functools
 from dataclasses import dataclass
 
@@ -147,22 +148,25 @@ FAMILIES = {
 }
 
 
+def _random_backbone(family):
+    config = copy.deepcopy(FAMILIES[family].config)  # a model keeps the config it is made of, and may change it
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
 @functools.cache
 def _weights(family):
     """Weights large enough that every layer, image and position matters, unlike those of a fresh model."""
-    backbone = AutoModelForImageTextToText.from_config(FAMILIES[family].config, dtype=torch.float32)
+    backbone = _random_backbone(family)
     generator = torch.Generator().manual_seed(0)
     for parameter in backbone.state_dict().values():
-        if parameter.ndim >= 2:
-            parameter.normal_(std=0.08, generator=generator)
-        elif not parameter.any():  # biases
-            parameter.normal_(std=0.02, generator=generator)
+        if not (parameter == 1).all():  # those of norms stay
+            parameter.normal_(std=0.08 if parameter.ndim >= 2 else 0.02, generator=generator)
     return backbone.state_dict()
 
 
 def build_backbone(family, dtype=torch.float32):
     """A tiny stock model in evaluation mode; every call returns a new one with the same weights."""
-    backbone = AutoModelForImageTextToText.from_config(FAMILIES[family].config, dtype=torch.float32)
+    backbone = _random_backbone(family)
     backbone.load_state_dict(_weights(family))
     return backbone.to(dtype).eval()
 

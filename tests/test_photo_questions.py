@@ -15,9 +15,11 @@ from trainer.data import photo_questions
 from trainer.data.photo_questions import (
     COLORS,
     CORNERS,
+    DIRECTIONS,
     KINDS,
     QUESTION_KINDS,
     READING_KINDS,
+    SHAPES,
     answer_text,
     build_photo_questions,
     chance,
@@ -52,18 +54,17 @@ def image_bytes(dataset):
 
 
 def objects_in(image):
-    """Finds pasted shapes from pixels alone: patches of one exact colour, as (colour, row, column, pixels, box)."""
+    """Finds pasted shapes from pixels alone: patches of one exact colour, as (colour, row, column, shape)."""
     pixels = np.asarray(image.convert("RGB"))
     found = []
     for color, rgb in COLORS.items():
-        labels, count = ndimage.label((pixels == rgb).all(-1))
+        labels, _ = ndimage.label((pixels == rgb).all(-1))
         for label, box in enumerate(ndimage.find_objects(labels), start=1):
             mask = labels[box] == label
             if mask.sum() >= 12:  # single pixels of the photograph may share a colour
                 row = (box[0].start + box[0].stop) / 2 / pixels.shape[0] * 4
                 column = (box[1].start + box[1].stop) / 2 / pixels.shape[1] * 4
                 found.append((color, int(row), int(column), shape_of(mask)))
-        del count
     return found
 
 
@@ -125,28 +126,27 @@ def test_answers_follow_from_the_pixels(split):
     checked = Counter()
     for row in build_photo_questions(24 * len(kinds), split, seed=9, kinds=kinds):
         found, text, kind = objects_in(row["images"][0]), question(row), row["kind"]
-        named = [(color, shape) for color, shape in re.findall(r"(\w+) (circle|square|triangle|cross)", text)]
+        named = re.findall("|".join((*COLORS, *SHAPES)) + r"\b", text.replace("shapes", ""))
 
-        def one(shape, color=None, found=found):
-            (match,) = [item for item in found if item[3] == shape and color in (None, item[0])]
+        def one(name, found=found):
+            (match,) = [item for item in found if name in (item[0], item[3])]
             return match
 
         if kind == "color":
-            expected = one(named[0][1])[0]
+            expected = one(named[0])[0]
         elif kind == "counting":
             expected = str(sum(item[0] == text.split()[2] for item in found))
         elif kind == "spatial_relation":
-            (color, shape), (other_color, other_shape) = named
-            target, reference = one(shape, color), one(other_shape, other_color)
+            target, reference = (one(name) for name in named)
             step = np.sign([target[1] - reference[1], target[2] - reference[2]]).tolist()
             expected = {(0, -1): "left", (0, 1): "right", (-1, 0): "above", (1, 0): "below"}[tuple(step)]
         elif kind == "neighbor_color":
             direction = next(word for word in ("left", "right", "above", "below") if word in text)
-            _, row_index, column, _ = one(named[0][1], named[0][0])
+            _, row_index, column, _ = one(named[0])
             step = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}[direction]
             (expected,) = [item[0] for item in found if item[1:3] == (row_index + step[0], column + step[1])]
         else:
-            anchor = one(named[0][1])
+            anchor = one(named[0])
             expected = str(sum(item[0] == anchor[0] for item in found) - 1)
         assert expected == answer_text(row), text
         checked[kind] += 1
@@ -184,10 +184,20 @@ def test_readings_describe_what_was_pasted():
                 expected[4 * i + j] = color if row["kind"] == "color_map" else shape
             assert words == expected
         elif row["kind"] == "color_list":
-            assert dict(zip(words[::2], words[1::2], strict=True)) == {item[3]: item[0] for item in found}
-        elif row["kind"] == "position_list":
-            places = {item[3]: (str(item[1] + 1), str(item[2] + 1)) for item in found}
-            assert {words[i]: tuple(words[i + 1 : i + 3]) for i in range(0, len(words), 3)} == places
+            shapes = re.findall("|".join(SHAPES), question(row))
+            assert dict(zip(shapes, words, strict=True)) == {item[3]: item[0] for item in found}
+        elif row["kind"] == "relation_list":
+            places = {item[0]: np.array(item[1:3]) for item in found}
+            *targets, reference = re.findall("|".join(COLORS), question(row))
+            steps = [np.sign(places[target] - places[reference]) for target in targets]
+            assert words == [next(n for n, step in DIRECTIONS.items() if (step == s).all()) for s in steps]
+        elif row["kind"] == "neighbor_list":
+            directions = re.findall("|".join(DIRECTIONS), question(row))
+            (name,) = re.findall("|".join(COLORS), question(row))
+            (center,) = [item[1:3] for item in found if item[0] == name]
+            colors = {item[1:3]: item[0] for item in found}
+            cells = [(center[0] + DIRECTIONS[d][0], center[1] + DIRECTIONS[d][1]) for d in directions]
+            assert words == [colors.get(cell, "none") for cell in cells]
         else:
             assert Counter(words) == {"photo": 12, "other": 4}
 
@@ -255,7 +265,9 @@ def test_prompt_is_a_prefix_of_prompt_and_completion(rows, backbone):
 
 def test_backbone_is_stock_runs_backward_and_generates(rows, backbone):
     model, processor = backbone
-    assert type(model).__module__.startswith("transformers.") and type(processor).__module__.startswith("transformers.")
+    assert type(model).__module__.startswith("transformers.") and type(processor).__module__.startswith(
+        "transformers."
+    )
     batch = processor(
         images=[row["images"] for row in rows.select(range(3))],
         text=[processor.apply_chat_template(r["prompt"], add_generation_prompt=True) for r in rows.select(range(3))],

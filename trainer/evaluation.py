@@ -13,7 +13,9 @@ LATENT_SOURCES = ("prior", "posterior", "no_latents")
 
 
 @torch.no_grad()
-def answer_questions(model, processor, rows, source="prior", batch_size=64, max_new_tokens=16, description="Answering"):
+def answer_questions(
+    model, processor, rows, source="prior", batch_size=64, max_new_tokens=16, description="Answering"
+):
     """
     Greedy answers to the prompts of a dataset.
 

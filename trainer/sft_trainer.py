@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, Image, Sequence
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 from trl import SFTTrainer
 
 from model_cards import render_card
@@ -123,7 +123,7 @@ class AMVLSFTTrainer(SFTTrainer):
                 raise ValueError(
                     "`processing_class` is needed: the model was not loaded from a place that has a processor."
                 )
-            is_amvl = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "amvl"
+            is_amvl = model_type_of(name) == "amvl"
             return AMVLProcessor.from_pretrained(name) if is_amvl else AMVLProcessor.from_backbone(name)
         if isinstance(processing_class, AMVLProcessor) or hasattr(processing_class, "latent_token_id"):
             return processing_class
@@ -134,7 +134,7 @@ class AMVLSFTTrainer(SFTTrainer):
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
-        if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "amvl":
+        if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
         return AMVLForConditionalGeneration.from_backbone(
             name, latent_token_id=AMVLProcessor.from_backbone(name).latent_token_id, **settings
@@ -325,6 +325,11 @@ class AMVLSFTTrainer(SFTTrainer):
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
         )
         card.save(str(Path(self.args.output_dir) / "README.md"))
+
+
+def model_type_of(name, **kwargs):
+    """The `model_type` in the config.json of a Hub id or a folder, read without running any of its code."""
+    return PreTrainedConfig.get_config_dict(name, **kwargs)[0].get("model_type")
 
 
 def amvl_model(model):

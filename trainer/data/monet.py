@@ -101,7 +101,9 @@ def _records(folder):
             if path.suffix == ".jsonl":
                 return [json.loads(line) for line in text.splitlines() if line.strip()]
             return json.loads(text)
-    raise ValueError(f"`{folder.name}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out.")
+    raise ValueError(
+        f"`{folder.name}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out."
+    )
 
 
 def _read_record(record, root, subset, answer):

@@ -1,0 +1,130 @@
+"""The weights of the two KL terms, step by step."""
+
+import inspect
+import itertools
+
+import numpy as np
+import pytest
+
+from trainer import AMVLSFTConfig
+from trainer.schedules import kl_weights, ramp, resolve_steps
+
+
+NUM_STEPS = 100
+ORDERS = ("forward_first", "reverse_first", "together")
+
+
+def trajectory(num_steps=NUM_STEPS, **settings):
+    """(beta, gamma) of every step of a run."""
+    settings = {"beta": 2.0, "gamma": 0.5, **settings}
+    return [kl_weights(step, num_steps, **settings) for step in range(num_steps)]
+
+
+def test_a_value_below_one_is_a_share_of_the_run_and_others_are_steps():
+    assert resolve_steps(0.25, 80) == 20
+    assert resolve_steps(0, 80) == 0
+    assert resolve_steps(1, 80) == 1  # one step, not the whole run
+    assert resolve_steps(30, 80) == 30
+
+
+def test_ramp_rises_linearly_from_its_start_to_one():
+    assert [ramp(step, 2, 4) for step in range(8)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_ramp_without_length_is_a_step(start):
+    assert [ramp(step, start, 0) for step in range(5)] == [float(step >= start) for step in range(5)]
+
+
+def test_forward_first_delays_the_reverse_term():
+    weights = trajectory(order="forward_first", warmup_steps=10, delay_steps=30)
+    assert [beta for beta, _ in weights[:11]] == pytest.approx([0.2 * n for n in range(1, 11)] + [2.0])
+    assert [gamma for _, gamma in weights[:30]] == [0] * 30
+    assert [gamma for _, gamma in weights[30:41]] == pytest.approx([0.05 * n for n in range(1, 11)] + [0.5])
+    assert set(weights[40:]) == {(2.0, 0.5)}
+
+
+def test_reverse_first_delays_the_forward_term():
+    weights = trajectory(order="reverse_first", warmup_steps=10, delay_steps=30)
+    assert [beta for beta, _ in weights[:30]] == [0] * 30
+    assert [beta for beta, _ in weights[30:40]] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert [gamma for _, gamma in weights[:10]] == pytest.approx([0.05 * n for n in range(1, 11)])
+    assert set(weights[40:]) == {(2.0, 0.5)}
+
+
+def test_together_delays_neither():
+    weights = trajectory(order="together", warmup_steps=10, delay_steps=30)
+    assert all(gamma == pytest.approx(beta / 4) and beta > 0 for beta, gamma in weights)
+    assert set(weights[9:]) == {(2.0, 0.5)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shares_of_the_run_are_the_same_schedule_as_steps(order):
+    shares = trajectory(order=order, warmup_steps=0.1, delay_steps=0.3)
+    steps = trajectory(order=order, warmup_steps=10, delay_steps=30)
+    np.testing.assert_allclose(shares, steps, rtol=1e-12)
+    assert len(set(steps)) >= 10  # a schedule, not a constant
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shares_follow_the_length_of_the_run(order):
+    short = trajectory(order=order, warmup_steps=0.1, delay_steps=0.3)
+    long = trajectory(10 * NUM_STEPS, order=order, warmup_steps=0.1, delay_steps=0.3)
+    np.testing.assert_allclose(long[9::10], short, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("order", "first"), [("forward_first", (2.0, 0.0)), ("reverse_first", (0.0, 0.5))])
+def test_without_warm_up_each_term_is_at_its_full_weight_at_once(order, first):
+    weights = trajectory(order=order, warmup_steps=0, delay_steps=30)
+    assert set(weights[:30]) == {first}
+    assert set(weights[30:]) == {(2.0, 0.5)}
+
+
+def test_without_warm_up_and_delay_both_are_on_from_the_first_step():
+    for order in ORDERS:
+        assert set(trajectory(order=order, warmup_steps=0, delay_steps=0)) == {(2.0, 0.5)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_weights_never_fall_and_never_exceed_the_full_ones(order):
+    grid = itertools.product([1, 2, 3, 7, 100], [0, 0.1, 0.99, 1, 2.5, 500], [0, 0.3, 1, 500])
+    for num_steps, warmup_steps, delay_steps in grid:
+        settings = (num_steps, 2.0, 0.5, order, warmup_steps, delay_steps)
+        # A resumed run may go past `num_steps`.
+        weights = np.array([kl_weights(step, *settings) for step in range(num_steps + 1000)])  # (steps, 2)
+        assert (np.diff(weights, axis=0) >= 0).all(), settings
+        assert (weights >= 0).all() and (weights <= (2.0, 0.5)).all(), settings
+        assert tuple(weights[-1]) == (2.0, 0.5), settings
+
+
+def test_a_delay_beyond_the_run_leaves_the_second_term_off():
+    assert {gamma for _, gamma in trajectory(delay_steps=NUM_STEPS)} == {0.0}
+    assert {beta for beta, _ in trajectory(delay_steps=NUM_STEPS, order="reverse_first")} == {0.0}
+
+
+def test_by_default_the_reverse_term_sets_in_later_and_stays_weaker(tmp_path):
+    config = AMVLSFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    weights = [
+        kl_weights(
+            step,
+            NUM_STEPS,
+            config.beta,
+            config.gamma,
+            config.kl_order,
+            config.kl_warmup_steps,
+            config.kl_delay_steps,
+        )
+        for step in range(NUM_STEPS)
+    ]
+    full_beta = next(step for step, (beta, _) in enumerate(weights) if beta == config.beta)
+    first_gamma = next(step for step, (_, gamma) in enumerate(weights) if gamma > 0)
+    assert weights[0][0] > 0 and full_beta < first_gamma
+    assert all(gamma < beta for beta, gamma in weights)
+    assert weights[-1] == (config.beta, config.gamma)
+
+
+def test_defaults_of_the_function_are_those_of_the_configuration(tmp_path):
+    config = AMVLSFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    parameters = inspect.signature(kl_weights).parameters
+    for name in ("order", "warmup_steps", "delay_steps"):
+        assert parameters[name].default == getattr(config, f"kl_{name}"), name
