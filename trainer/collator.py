@@ -4,9 +4,12 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import ProcessorMixin
-from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+
+
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass
@@ -62,8 +65,9 @@ class AMVLDataCollator:
             lengths = batch["attention_mask"].sum(1) + batch["completion_mask"].sum(1)
             if int(lengths.max()) > self.max_length:
                 raise ValueError(
-                    f"`max_length` is {self.max_length}, but a row has {int(lengths.max())} tokens with its images: "
-                    "raise it, set it to `None`, or lower the processor's image budget."
+                    f"Row {int(lengths.argmax())} of the batch has {int(lengths.max())} tokens with its images, more "
+                    f"than `max_length` ({self.max_length}): raise the limit, set it to `None`, or lower the "
+                    "processor's image budget."
                 )
         return batch
 
@@ -80,23 +84,37 @@ class AMVLDataCollator:
             `dict`: `prompt` and `completion` as text, `images` as a list of RGB images.
         """
         prompt, completion = split_turns(row, name)
-        images = row.get("images", row.get("image"))
+        images = row.get("image") if row.get("images") is None else row["images"]
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         if not images and not self.allow_text_only:
             raise ValueError(f"{name} has no image: give it one, or set `allow_text_only_rows=True`.")
         images = [read_image(image, f"{name}, image {number}", open_images) for number, image in enumerate(images)]
         if isinstance(prompt, str):
             num_placeholders = prompt.count(self.processor.image_token)
-            texts = {"prompt": prompt, "completion": completion}
-            answer = completion
-            eos = self.processor.tokenizer.eos_token
-            if isinstance(completion, str) and eos is not None and not completion.endswith(eos):
-                texts["completion"] = completion + eos
+            eos = self.processor.tokenizer.eos_token or ""
+            answer = completion.removesuffix(eos)
+            texts = {"prompt": prompt, "completion": answer + eos}
+            written = completion
         else:
             num_placeholders = count_placeholders(prompt, len(images))
             answer = text_of(completion, f"{name}, `completion`")
-        if not isinstance(answer, str) or not answer.strip():
+            written = (
+                text_of(
+                    [
+                        {**message, "content": [part for part in parts_of(message) if part["type"] == "text"]}
+                        for message in prompt
+                    ],
+                    name,
+                )
+                + answer
+            )
+        if not answer.strip():
             raise ValueError(f"{name} has an empty answer, {answer!r}: drop the row or fill in its `completion`.")
+        if self.processor.image_token in written:
+            raise ValueError(
+                f"{name} has the image placeholder {self.processor.image_token!r} written into a text, where it would "
+                "count as an image: use a part of type 'image', or remove it."
+            )
         if num_placeholders != len(images):
             raise ValueError(
                 f"{name} has {num_placeholders} image placeholders in its `prompt` and {len(images)} `images`: they must "
@@ -113,25 +131,34 @@ class AMVLDataCollator:
                 raise ValueError(f"{name} does not go through the chat template: {error}") from error
             if not texts["completion"]:
                 raise ValueError(f"{name}: the chat template renders its answer {answer!r} as nothing.")
-        if self.max_completion_length is not None:
-            length = len(self.processor.tokenizer(texts["completion"], add_special_tokens=False)["input_ids"])
-            if length > self.max_completion_length:
+        if self.max_completion_length is not None or self.max_length is not None:
+            lengths = {
+                key: len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+                for key, text in texts.items()
+            }
+            if self.max_completion_length is not None and lengths["completion"] > self.max_completion_length:
                 raise ValueError(
-                    f"{name} has an answer of {length} tokens, more than `max_completion_length` "
+                    f"{name} has an answer of {lengths['completion']} tokens, more than `max_completion_length` "
                     f"({self.max_completion_length}): raise the limit or drop the row."
+                )
+            if self.max_length is not None and sum(lengths.values()) > self.max_length:
+                raise ValueError(
+                    f"{name} has {sum(lengths.values())} tokens even before its images are counted, more than "
+                    f"`max_length` ({self.max_length}): raise the limit or drop the row."
                 )
         return {"prompt": texts["prompt"], "completion": texts["completion"], "images": images}
 
 
 def split_turns(row, name):
     """x and y of a row: its `prompt` and `completion`, or the turns before the last of its `messages` and that one."""
-    row = {key: without_empty_keys(value) for key, value in row.items()}
     if row.get("messages"):
-        *prompt, last = row["messages"]
-        if last["role"] != "assistant" or not prompt:
+        *prompt, last = read_messages(row["messages"], f"{name}, `messages`")
+        if last["role"] != "assistant":
             raise ValueError(
                 f"{name} has `messages` whose last turn is by {last['role']!r}: it must be the assistant's answer."
             )
+        if not prompt:
+            raise ValueError(f"{name} has `messages` that are one answer: put the turns that it answers before it.")
         return prompt, [last]
     prompt, completion = row.get("prompt"), row.get("completion")
     if prompt is None or completion is None:
@@ -139,24 +166,50 @@ def split_turns(row, name):
             f"{name} has no `{'prompt' if prompt is None else 'completion'}`, only {sorted(row)}: rows hold `images`, "
             "`prompt` and `completion`, or `images` and `messages`."
         )
-    if not is_conversational({"prompt": prompt, "completion": completion}) and not isinstance(prompt, str):
-        raise ValueError(f"{name} has a `prompt` that is neither a text nor a list of messages, {prompt!r:.80}.")
+    for key, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, (str, list)):
+            raise ValueError(f"{name} has a `{key}` that is neither a text nor a list of messages, {value!r:.80}.")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError(f"{name} mixes a text with messages in `prompt` and `completion`: use one form for both.")
+    if not prompt:
+        raise ValueError(f"{name} has an empty `prompt`: fill it in or drop the row.")
+    if isinstance(prompt, str):
+        return prompt, completion
+    prompt = read_messages(prompt, f"{name}, `prompt`")
+    completion = read_messages(completion, f"{name}, `completion`")
+    if any(message["role"] != "assistant" for message in completion):
+        roles = [message["role"] for message in completion]
+        raise ValueError(f"{name} has a `completion` by {roles}: it must be the assistant's answer.")
     return prompt, completion
 
 
-def without_empty_keys(messages):
-    """Messages without the `None` that Arrow fills in where some parts have a key that others lack."""
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message for message in messages
-    ):
-        return messages
+def read_messages(messages, name):
+    """Messages whose parts are text or images, without the `None` that Arrow fills in where others have a key."""
+
+    def refuse(what, value):
+        raise ValueError(
+            f"{name} holds {what}, {value!r:.80}: a message is `{{'role': ..., 'content': ...}}`, its content a text or "
+            "a list of parts of type 'text' or 'image'."
+        )
+
+    if not isinstance(messages, list):
+        refuse("no list of messages", messages)
     cleaned = []
     for message in messages:
+        if not isinstance(message, dict):
+            refuse("something else than a message", message)
+        if message.get("role") not in ROLES:
+            refuse(f"a message whose role is none of {ROLES}", message.get("role"))
         content = message.get("content")
         if isinstance(content, list):
+            for part in content:
+                if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+                    refuse("a part without a known type", part)
+                if part["type"] == "text" and not isinstance(part.get("text"), str):
+                    refuse("a text part without a text", part.get("text"))
             content = [{key: value for key, value in part.items() if value is not None} for part in content]
+        elif content is not None and not isinstance(content, str):
+            refuse("a content that is neither a text nor a list of parts", content)
         cleaned.append({**message, "content": content})
     return cleaned
 
@@ -193,7 +246,7 @@ def read_image(image, name, decode=True):
     Args:
         image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or the `bytes` and `path` of `datasets`.
         name (`str`): how an error calls it.
-        decode (`bool`, defaults to `True`): `False` reads no further than the header.
+        decode (`bool`, defaults to `True`): `False` decodes only where a file cut short would not show otherwise.
 
     Raises:
         ValueError: missing, or no image.
@@ -205,9 +258,23 @@ def read_image(image, name, decode=True):
             image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else source
         if isinstance(image, (str, Path, io.BytesIO)):
             with Image.open(image) as opened:
-                return opened.convert("RGB") if decode else None
+                return opened.convert("RGB") if decode or not is_whole(opened) else None
         if not isinstance(image, Image.Image):
             raise TypeError(f"a `{type(image).__name__}` is no image")
         return image.convert("RGB") if decode else None
-    except (OSError, UnidentifiedImageError, TypeError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins also raise SyntaxError, RuntimeError and NotImplementedError
         raise ValueError(f"{name} cannot be read ({source!r:.200}): {error}. Repair or drop it.") from error
+
+
+def is_whole(image):
+    """Whether an opened image file is sound as far as that can be told without decoding it; damaged PNGs raise."""
+    if image.format == "PNG":
+        image.verify()  # reads the checksum of every chunk
+        return True
+    if image.format != "JPEG":
+        return False
+    position = image.fp.tell()
+    image.fp.seek(-min(image.fp.seek(0, io.SEEK_END), 64), io.SEEK_END)
+    tail = image.fp.read()
+    image.fp.seek(position)
+    return tail.rstrip(b"\0").endswith(b"\xff\xd9")

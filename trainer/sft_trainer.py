@@ -1,11 +1,12 @@
 """TRL's SFTTrainer with the AMVL objective: the latents in the step, the train-inference gap on the screen."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image, Sequence
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftModel, PromptLearningConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from trl import SFTTrainer
@@ -72,6 +73,16 @@ class AMVLSFTTrainer(SFTTrainer):
         for name in ("compute_loss_func", "formatting_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` would bypass the latents: leave it out.")
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "`quantization_config` is not passed on: put it into `model_init_kwargs` of the `AMVLSFTConfig`, or load "
+                "the model with it."
+            )
+        if isinstance(peft_config, PromptLearningConfig):
+            raise ValueError(
+                f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
+                "LoRA."
+            )
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(
@@ -82,6 +93,8 @@ class AMVLSFTTrainer(SFTTrainer):
             for name, dataset in {"train_dataset": train_dataset, **named}.items():
                 if isinstance(dataset, Dataset):
                     check_dataset(dataset, data_collator, name)
+        # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
             model = self._load(model, args)
             args.model_init_kwargs = None
@@ -166,9 +179,15 @@ class AMVLSFTTrainer(SFTTrainer):
                 "`freeze_vision=False`."
             )
         encoder.requires_grad_(False)
-        if peft_config is not None and getattr(peft_config, "exclude_modules", "no such field") is None:
+        if peft_config is not None and hasattr(peft_config, "exclude_modules"):
             name = next(name for name, module in backbone.named_modules() if module is encoder)
-            peft_config.exclude_modules = rf".*\b{name.replace('.', chr(92) + '.')}\..*"
+            excluded = rf".*\b{re.escape(name)}\..*"
+            given = peft_config.exclude_modules
+            if isinstance(given, str):
+                excluded = rf"{given}|{excluded}"
+            elif given:
+                excluded = rf"(.*\.)?({'|'.join(map(re.escape, given))})|{excluded}"
+            peft_config.exclude_modules = excluded
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -287,17 +306,26 @@ class AMVLSFTTrainer(SFTTrainer):
             self._metrics[mode][name] = [value / weight]
         self._totals[mode].clear()
         super().log(logs, start_time)
-        if mode == "eval":
+        if "eval_nll_prior" in logs:  # and not the summary of a run that ends with an evaluation
             self._last_evaluation = {key: value for key, value in logs.items() if isinstance(value, float)}
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is left behind
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["messages", "prompt", "completion", "image", "images"]
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        self._write_card(self.args.output_dir if output_dir is None else output_dir)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes the model card into the output folder, on the main process."""
-        if not self.is_world_process_zero():
-            return
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, model_name, dataset_name)
+
+    def _write_card(self, folder, model_name=None, dataset_name=None):
         shown = (
             "beta",
             "gamma",
@@ -324,7 +352,7 @@ class AMVLSFTTrainer(SFTTrainer):
             hub_model_id=self.hub_model_id,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
         )
-        card.save(str(Path(self.args.output_dir) / "README.md"))
+        card.save(str(Path(folder) / "README.md"))
 
 
 def model_type_of(name, **kwargs):
@@ -349,11 +377,10 @@ def check_dataset(dataset, collator, name):
     Raises:
         ValueError: the first row that cannot be trained on.
     """
-    for column in {"images", "image"} & set(dataset.column_names):
-        feature = dataset.features[column]
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
-    for index, row in enumerate(tqdm(dataset, desc=f"Checking {name}", leave=False)):
+    # As Arrow stores them: images stay bytes or paths. Casting the column instead would write a copy of the dataset.
+    rows = dataset
+    if dataset.format["type"] != "custom":
+        batches = dataset.with_format("arrow").iter(batch_size=16)
+        rows = (row for batch in batches for row in batch.to_pylist())
+    for index, row in enumerate(tqdm(rows, total=len(dataset), desc=f"Checking {name}", leave=False)):
         collator.render(row, f"Row {index} of `{name}`", open_images=False)
