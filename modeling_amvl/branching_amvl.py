@@ -219,6 +219,9 @@ def _cache_under_checkpointing(backbone):
     """Lets checkpointed layers keep the cache, which transformers takes away: a native cache would grow twice."""
     modules = list(backbone.modules())
     layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    if not layers:
+        yield
+        return
     for layer in layers:
         _refuse_reentrant(layer._gradient_checkpointing_func)
         layer._can_checkpoint_with_cache = True
