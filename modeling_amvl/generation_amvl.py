@@ -95,7 +95,7 @@ class LatentDecodingMixin:
             input_ids, next_sequence_length=num_latents, is_first_iteration=False, **model_kwargs
         )
         model_inputs.pop("logits_to_keep", None)  # the tap below keeps the last position itself
-        embedded = decoding.model.latent_projection(latents.to(decoding.model.latent_projection.weight.dtype))
+        embedded = decoding.model.embed_latents(latents)
         with tapped(self, (input_ids.shape[0], num_latents), slice(-1, None), embedded):
             outputs = self(**model_inputs, return_dict=True)
         decoding.decoded_latents = latents

@@ -9,10 +9,6 @@ import torch
 from torch import nn
 
 
-# Not stated in the paper: every slot starts with this log-variance, a spread of 0.37 around means of unit variance.
-INITIAL_LOG_VARIANCE = -2.0
-
-
 def upcast(tensor):
     """fp32 from a half-precision tensor; any other as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -46,19 +42,19 @@ class GaussianHead(nn.Module):
         return mean, log_variance
 
     @torch.no_grad()
-    def reset(self):
-        """Starts with means of unit variance and every log-variance at `INITIAL_LOG_VARIANCE`."""
+    def reset(self, log_variance):
+        """Starts with means of unit variance and every log-variance at the given value."""
         self.norm.reset_parameters()
         nn.init.normal_(self.mean.weight, std=self.mean.in_features**-0.5)
         nn.init.normal_(self.log_variance.weight, std=0.1 * self.log_variance.in_features**-0.5)
         nn.init.zeros_(self.mean.bias)
-        nn.init.constant_(self.log_variance.bias, INITIAL_LOG_VARIANCE)
+        nn.init.constant_(self.log_variance.bias, log_variance)
 
 
 @torch.no_grad()
-def reset_projection(projection, embedding_norm):
-    """Scales `projection` (Z to D) so that a fresh latent enters the decoder with `embedding_norm`."""
-    second_moment = 1.0 + math.exp(INITIAL_LOG_VARIANCE)  # of one latent dimension, see GaussianHead.reset
+def reset_projection(projection, embedding_norm, log_variance):
+    """Scales `projection` (Z to D) so that a fresh latent of that log-variance enters with `embedding_norm`."""
+    second_moment = 1.0 + math.exp(log_variance)  # of one latent dimension, see GaussianHead.reset
     fan = projection.in_features * projection.out_features
     nn.init.normal_(projection.weight, std=embedding_norm / math.sqrt(fan * second_moment))
     nn.init.zeros_(projection.bias)

@@ -54,6 +54,7 @@ class AMVLOutput(ModelOutput):
         prior_mean, prior_log_variance (`torch.Tensor`): `(B, K, Z)`.
         posterior_mean, posterior_log_variance (`torch.Tensor`): `(B, K, Z)`.
         latents (`torch.Tensor`): `(B, K, Z)`, what the decoder read.
+        latent_norm (`torch.Tensor`): scalar, mean norm with which a latent entered the decoder; without gradient.
         prior_loss, prior_logits (`torch.Tensor`): as `loss` and `logits`, decoded from a sample of the prior; with
             `decode_prior=True` only.
         no_latents_loss, no_latents_logits (`torch.Tensor`): as `loss` and `logits`, decoded by the bare backbone from
@@ -67,6 +68,7 @@ class AMVLOutput(ModelOutput):
     posterior_mean: torch.Tensor | None = None
     posterior_log_variance: torch.Tensor | None = None
     latents: torch.Tensor | None = None
+    latent_norm: torch.Tensor | None = None
     prior_loss: torch.Tensor | None = None
     prior_logits: torch.Tensor | None = None
     no_latents_loss: torch.Tensor | None = None
@@ -123,6 +125,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_latents=8,
         latent_size=512,
         latent_token_id=None,
+        initial_log_variance=-6.0,
         min_log_variance=-8.0,
         max_log_variance=4.0,
         latent_temperature=0.0,
@@ -139,7 +142,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default a
                 new row behind the embedding table. The table grows only if it has no such row, and only a row that the
                 tokenizer does not use should be given: it starts at the mean of the table.
-            min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
+            initial_log_variance, min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
             **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
 
         Returns:
@@ -149,7 +152,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: the backbone cannot carry latents, or a setting under which they would do nothing.
         """
         if isinstance(model_or_id, (str, os.PathLike)):
-            backbone_config = AutoConfig.from_pretrained(model_or_id)
+            revision = {key: model_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_kwargs}
+            backbone_config = AutoConfig.from_pretrained(model_or_id, **revision)
             _refuse_config(backbone_config)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
         elif isinstance(model_or_id, PreTrainedModel):
@@ -171,6 +175,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 num_latents=num_latents,
                 latent_size=latent_size,
                 latent_token_id=latent_token_id,
+                initial_log_variance=initial_log_variance,
                 min_log_variance=min_log_variance,
                 max_log_variance=max_log_variance,
                 latent_temperature=latent_temperature,
@@ -194,9 +199,10 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def reset_latents(self):
         """Starts prior and posterior as the same map, and the projection at the norm of a typical token embedding."""
-        self.prior_head.reset()
+        log_variance = self.config.initial_log_variance
+        self.prior_head.reset(log_variance)
         self.posterior_head.load_state_dict(self.prior_head.state_dict())
-        reset_projection(self.latent_projection, self.typical_embedding_norm())
+        reset_projection(self.latent_projection, self.typical_embedding_norm(), log_variance)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -266,7 +272,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decode_no_latents=False,
         latent_temperature=None,
         num_items_in_batch=None,
-        return_dict=True,
+        return_dict=None,
         **inputs,
     ):
         """
@@ -285,7 +291,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             latent_temperature (`float`, *optional*): of every sample; by default 1 in a step, and the config's without an
                 answer. 0 decodes from the means.
             num_items_in_batch (`int`, *optional*): divides the summed loss instead of the number of answer tokens here.
-            return_dict (`bool`, defaults to `True`): a tuple otherwise.
+            return_dict (`bool`, *optional*): `False` gives a tuple. PEFT passes `None`.
             **inputs: the backbone's image inputs and per-token inputs of the prompt, as its processor returns them.
 
         Returns:
@@ -312,15 +318,16 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if completion_ids is None:
             temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
             output.latents = sample_latents(prior_mean, prior_log_variance, temperature)
-            next_ids = completion_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
+            next_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
             output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), output.latents)
-            return output if return_dict else output.to_tuple()
+            return output.to_tuple() if return_dict is False else output
 
         mean, log_variance = self._read_posterior(prompt, completion_ids, completion_mask)
         temperature = 1.0 if latent_temperature is None else latent_temperature
         noise = torch.randn_like(mean)
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
         output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
+        output.latent_norm = self.embed_latents(output.latents.detach()).detach().float().norm(dim=-1).mean()
         output.logits = self._decode(prompt, completion_ids, completion_mask, output.latents)
         output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
         if decode_prior:
@@ -330,7 +337,11 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if decode_no_latents:
             output.no_latents_logits = self._decode(prompt, completion_ids, completion_mask, None)
             output.no_latents_loss = next_token_loss(output.no_latents_logits, targets, num_items_in_batch)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
+
+    def embed_latents(self, latents):
+        """What enters the decoder, `(B, K, D)`, of latents `(B, K, Z)`."""
+        return self.latent_projection(latents.to(self.latent_projection.weight.dtype))
 
     def _prompt(self, input_ids, attention_mask, inputs):
         _refuse_right_padding(attention_mask)
@@ -364,7 +375,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if latents is None:
             return prompt.branch(completion_ids, completion_mask, num_predicted=num_answer)[1]
         placeholders = self._placeholders(prompt)
-        embedded = self.latent_projection(latents.to(self.latent_projection.weight.dtype))  # (B, K, D)
+        embedded = self.embed_latents(latents)
         ids = torch.cat([placeholders, completion_ids], dim=1)
         mask = torch.cat([torch.ones_like(placeholders, dtype=completion_mask.dtype), completion_mask], dim=1)
         return prompt.branch(ids, mask, embedded, num_predicted=num_answer)[1]

@@ -10,10 +10,10 @@ The real thing, every field overridable on the command line:
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from datasets import load_dataset, load_from_disk
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
@@ -38,10 +38,11 @@ class AMVLScriptArguments(ScriptArguments):
     dataset_subsets: list[str] | None = field(
         default=None, metadata={"help": "With `monet`: the subsets to read, all by default."}
     )
-    num_latents: int = field(default=8, metadata={"help": "Number of latent slots of a new AMVL model."})
-    latent_size: int = field(default=512, metadata={"help": "Size of a latent slot of a new AMVL model."})
-    latent_temperature: float = field(default=0.0, metadata={"help": "Default temperature of `generate`."})
-    multipass: str = field(default="auto", metadata={"help": "`auto`, `shared` or `full`, see AMVLConfig."})
+    # By default a new AMVL model gets the defaults of AMVLConfig, and a trained one keeps what it has.
+    num_latents: int | None = field(default=None, metadata={"help": "Number of latent slots: 8, or as trained."})
+    latent_size: int | None = field(default=None, metadata={"help": "Size of a latent slot: 512, or as trained."})
+    latent_temperature: float | None = field(default=None, metadata={"help": "Default temperature of `generate`."})
+    multipass: str | None = field(default=None, metadata={"help": "`auto`, `shared` or `full`, see AMVLConfig."})
     min_pixels: int | None = field(
         default=None, metadata={"help": "Fewest pixels of an image, where the processor has it."}
     )
@@ -70,6 +71,8 @@ def load_rows(arguments):
         splits = load_from_disk(arguments.dataset_name)
     except FileNotFoundError:
         splits = load_dataset(arguments.dataset_name, arguments.dataset_config, streaming=arguments.dataset_streaming)
+    if not isinstance(splits, dict):  # one dataset, saved without splits
+        splits = {arguments.dataset_train_split: splits}
     if arguments.dataset_train_split not in splits:
         raise ValueError(
             f"`dataset_train_split` is {arguments.dataset_train_split!r}, but `{arguments.dataset_name}` has {list(splits)}."
@@ -89,18 +92,26 @@ def load_model(arguments, model_config):
         "dtype": model_config.dtype or "auto",
         "attn_implementation": model_config.attn_implementation,
     }
+    if (quantization_config := get_quantization_config(model_config)) is not None:
+        settings["quantization_config"] = quantization_config
+    latents = {
+        key: getattr(arguments, key)
+        for key in ("num_latents", "latent_size", "latent_temperature", "multipass")
+        if getattr(arguments, key) is not None
+    }
     if model_type_of(name, revision=revision) == "amvl":
         processor = AMVLProcessor.from_pretrained(name, revision=revision, **pixels)
-        return AMVLForConditionalGeneration.from_pretrained(name, **settings), processor
+        model = AMVLForConditionalGeneration.from_pretrained(name, **settings)
+        for key, value in latents.items():
+            if key in ("num_latents", "latent_size") and value != getattr(model.config, key):
+                raise ValueError(
+                    f"`{key}` is {value}, but `{name}` was trained with {getattr(model.config, key)}: leave it out."
+                )
+            setattr(model.config, key, value)
+        return model, processor
     processor = AMVLProcessor.from_backbone(name, revision=revision, **pixels)
     model = AMVLForConditionalGeneration.from_backbone(
-        name,
-        num_latents=arguments.num_latents,
-        latent_size=arguments.latent_size,
-        latent_token_id=processor.latent_token_id,
-        latent_temperature=arguments.latent_temperature,
-        multipass=arguments.multipass,
-        **settings,
+        name, latent_token_id=processor.latent_token_id, **latents, **settings
     )
     return model, processor
 
@@ -132,9 +143,10 @@ def main(arguments, training_args, model_config):
 
 
 if __name__ == "__main__":
-    if "--config" in sys.argv or "--model_name_or_path" in sys.argv or "--help" in sys.argv:
-        main(*TrlParser((AMVLScriptArguments, AMVLSFTConfig, ModelConfig)).parse_args_and_config())
-    else:
-        from trainer.demo import DemoArguments, run_demo
+    from trainer.demo import DemoArguments, run_demo
 
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    if given <= {f"--{setting.name}" for setting in fields(DemoArguments)}:
         run_demo(*TrlParser((DemoArguments,)).parse_args_and_config())
+    else:
+        main(*TrlParser((AMVLScriptArguments, AMVLSFTConfig, ModelConfig)).parse_args_and_config())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,8 @@ class DemoArguments:
     learning_rate: float = field(default=2e-3, metadata={"help": "Of every stage."})
     num_latents: int = field(default=4, metadata={"help": "Latent slots."})
     latent_size: int = field(default=64, metadata={"help": "Size of a slot."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of the forward KL term, summed over the latents."})
-    gamma: float = field(default=0.1, metadata={"help": "Weight of the reverse KL term, summed over the latents."})
+    beta: float = field(default=0.01, metadata={"help": "Weight of the forward KL term."})
+    gamma: float = field(default=0.001, metadata={"help": "Weight of the reverse KL term."})
     prior_ntp_weight: float = field(
         default=1.0, metadata={"help": "Weight of the loss decoded from prior samples; 0 is the paper's objective."}
     )
@@ -296,7 +297,7 @@ def run_demo(arguments):
         `dict[str, dict[str, float]]`: accuracy in 0..1 by column of the table and kind of question.
     """
     torch.set_num_threads(1)  # the model is tiny: a second core does more for reading the rows than for its matrices
-    output_dir = Path(arguments.output_dir)
+    output_dir = Path(arguments.output_dir).resolve()  # the lines printed at the end work from any folder
     output_dir.mkdir(parents=True, exist_ok=True)
     train_rows = build_photo_questions(
         arguments.num_train_rows, "train", arguments.seed, image_dir=arguments.image_dir
@@ -368,7 +369,6 @@ def run_demo(arguments):
         adam_beta2=0.95,
         beta=arguments.beta,
         gamma=arguments.gamma,
-        kl_reduction="sum",
         prior_ntp_weight=arguments.prior_ntp_weight,
         gradient_checkpointing=False,
         bf16=False,
@@ -396,6 +396,7 @@ def run_demo(arguments):
     score("AMVL, posterior Z", model, "posterior")
     score("AMVL, latents off", model, "no_latents")
 
+    shutil.rmtree(output_dir / "sft", ignore_errors=True)  # TRL makes the folder, nothing is in it
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
     curves = plot_training_curves(trainer.state.log_history, output_dir / "curves.png", "AMVL on photo questions")
@@ -424,7 +425,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model, processor = (auto.from_pretrained("{folder}", trust_remote_code=True) for auto in (AutoModelForImageTextToText, AutoProcessor))
 chat = [{{"role": "user", "content": [{{"type": "image", "path": "{image}"}}, {{"type": "text", "text": "{question}"}}]}}]
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=16)[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 
 
 def _with_mean(scores):

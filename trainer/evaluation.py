@@ -36,10 +36,16 @@ def answer_questions(
     has_latents = model.config.model_type == "amvl"
     if source != "no_latents" and not has_latents:
         raise ValueError(f"`source={source!r}` needs an AMVL model, got a `{type(model).__name__}`: use 'no_latents'.")
-    collator = AMVLDataCollator(processor, allow_text_only=True)
     training = model.training
     model.eval()
-    answers = []
+    try:
+        return _answers(model, processor, rows, source, has_latents, batch_size, max_new_tokens, description)
+    finally:
+        model.train(training)
+
+
+def _answers(model, processor, rows, source, has_latents, batch_size, max_new_tokens, description):
+    collator, answers = AMVLDataCollator(processor, allow_text_only=True), []
     for start in tqdm(range(0, len(rows), batch_size), desc=description, leave=False):
         indices = range(start, min(start + batch_size, len(rows)))
         batch = {key: value.to(model.device) for key, value in collator([rows[index] for index in indices]).items()}
@@ -53,7 +59,6 @@ def answer_questions(
             sequences = model.generate(**batch, **settings, latents=latents, latent_temperature=0.0)
         texts = processor.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.extend(text.strip() for text in texts)
-    model.train(training)
     return answers
 
 

@@ -35,13 +35,13 @@ class AMVLSFTConfig(SFTConfig):
         default=0.0, metadata={"help": "Must be 0: AMVL adds no load-balancing loss for mixtures of experts."}
     )
     beta: float = field(
-        default=1.0,
+        default=0.01,
         metadata={
             "help": "Weight of the forward prior alignment KL(sg[q] || p). Its value is not stated in the paper."
         },
     )
     gamma: float = field(
-        default=0.1,
+        default=0.001,
         metadata={
             "help": "Weight of the reverse posterior regularisation KL(sg[p] || q), weaker than `beta`. Its value is not "
             "stated in the paper."

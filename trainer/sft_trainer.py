@@ -41,7 +41,7 @@ class AMVLSFTTrainer(SFTTrainer):
 
     Logged at each step: `ntp` in nats per token, `forward_kl` and `reverse_kl` in nats per slot, `beta`, `gamma`,
     `prior_std`, `posterior_std`, `active_units` and `latent_norm_ratio` (norm of an injected latent over that of a token
-    embedding). Logged at evaluation, decoded with latents from `posterior`, from `prior` and with `no_latents`: `nll_*` in
+    embedding at the start). Logged at evaluation, decoded with latents from `posterior`, from `prior` and with `no_latents`: `nll_*` in
     nats per token, `accuracy_*` (rows whose every token comes first) and `token_accuracy_*`.
 
     Raises:
@@ -103,6 +103,7 @@ class AMVLSFTTrainer(SFTTrainer):
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *LATENT_MODULES})
         if args.freeze_vision:
             self._freeze_vision(model, peft_config)
+        embedding_norm = amvl_model(model).typical_embedding_norm()
         super().__init__(
             model=model,
             args=args,
@@ -122,6 +123,7 @@ class AMVLSFTTrainer(SFTTrainer):
             )
         self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._num_rows_in_batch = None
+        self._embedding_norm = embedding_norm
         self._last_evaluation = {}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -247,33 +249,29 @@ class AMVLSFTTrainer(SFTTrainer):
         )
         if num_items_in_batch is not None and args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the counts are of all devices, and gradients get averaged
-        self._record(outputs, inputs, prior, posterior, beta, gamma)
+        self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _record(self, outputs, inputs, prior, posterior, beta, gamma):
+    def _record(self, outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma):
         """Adds a batch to the running means, summed over devices."""
         mask, ids = inputs["completion_mask"].bool(), inputs["completion_ids"]
         num_rows, num_tokens = float(len(ids)), float(mask.sum())
         values = {name: (value, num_rows) for name, value in latent_statistics(prior, posterior).items()}
         values["beta"], values["gamma"] = (beta, num_rows), (gamma, num_rows)
-        values["latent_norm_ratio"] = (self._latent_norm_ratio(outputs["latents"]), num_rows)
-        for source, key in (("posterior", "logits"), ("prior", "prior_logits"), ("no_latents", "no_latents_logits")):
-            logits = outputs.get(key)
+        values["latent_norm_ratio"] = (outputs["latent_norm"].item() / self._embedding_norm, num_rows)
+        for source, prefix in (("posterior", ""), ("prior", "prior_"), ("no_latents", "no_latents_")):
+            logits, loss = outputs.get(f"{prefix}logits"), outputs.get(f"{prefix}loss")
             if logits is None:
                 continue
-            log_probs = logits.float().log_softmax(-1)
-            nll = -log_probs.gather(-1, ids[..., None].to(logits.device))[..., 0]
-            first = log_probs.argmax(-1) == ids
-            nll, right = nll[mask].sum().item(), (first & mask).sum().item()
+            nll = loss.item() * (1.0 if num_items_in_batch is None else float(num_items_in_batch) / num_tokens)
+            first = logits.argmax(-1) == ids
+            values[f"token_accuracy_{source}"] = ((first & mask).sum().item() / num_tokens, num_tokens)
             if self.model.training:
-                values["ntp" if source == "posterior" else f"ntp_{source}"] = (nll / num_tokens, num_tokens)
-                values[f"token_accuracy_{source}"] = (right / num_tokens, num_tokens)
+                values["ntp" if source == "posterior" else f"ntp_{source}"] = (nll, num_tokens)
             else:
-                values[f"nll_{source}"] = (nll / num_tokens, num_tokens)
-                values[f"token_accuracy_{source}"] = (right / num_tokens, num_tokens)
-                whole = (first | ~mask).all(1).sum().item()
-                values[f"accuracy_{source}"] = (whole / num_rows, num_rows)
+                values[f"nll_{source}"] = (nll, num_tokens)
+                values[f"accuracy_{source}"] = ((first | ~mask).all(1).sum().item() / num_rows, num_rows)
         summed = torch.tensor([[value * weight, weight] for value, weight in values.values()], dtype=torch.float64)
         if self.args.world_size > 1:
             device = self.accelerator.device
@@ -282,14 +280,6 @@ class AMVLSFTTrainer(SFTTrainer):
         for name, (value, weight) in zip(values, summed.tolist(), strict=True):
             totals[name][0] += value
             totals[name][1] += weight
-
-    def _latent_norm_ratio(self, latents):
-        inner = amvl_model(self.model)
-        projection = inner.latent_projection
-        norm = projection(latents.to(projection.weight.dtype)).float().norm(dim=-1).mean().item()
-        if getattr(self, "_embedding_norm", None) is None:
-            self._embedding_norm = inner.typical_embedding_norm()
-        return norm / self._embedding_norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)

@@ -65,7 +65,8 @@ def read_monet(name, subsets=SUBSETS, answer="answer", max_rows=None):
         `tuple[Dataset, ReadingReport]`: columns `images`, `prompt`, `completion`, `source`, `row_id`.
 
     Raises:
-        ValueError: an unknown subset or form of answer, or a folder that holds no subset.
+        ValueError: an unknown subset or form of answer, a folder that holds no subset, a file that holds no records, or
+            records of which none can be trained on.
     """
     if answer not in ("answer", "rationale"):
         raise ValueError(f"`answer` must be 'answer' or 'rationale', got {answer!r}.")
@@ -74,23 +75,28 @@ def read_monet(name, subsets=SUBSETS, answer="answer", max_rows=None):
         raise ValueError(f"`subsets` holds {unknown}, unknown to Monet-SFT-125K: choose among {SUBSETS}.")
     root = Path(name)
     if not root.exists():
-        root = Path(snapshot_download(name, repo_type="dataset"))
+        wanted = [pattern for subset in subsets for pattern in (f"{subset}/*", f"*/{subset}/*")]
+        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
+    # In the Hub's cache files are links to blobs/, beside snapshots/.
+    blobs = [root.resolve().parents[1] / "blobs"] if root.resolve().parent.name == "snapshots" else []
     if not any((root / subset).is_dir() for subset in SUBSETS):
         parents = [path for path in root.iterdir() if path.is_dir() and any((path / s).is_dir() for s in SUBSETS)]
         if len(parents) != 1:
             raise ValueError(f"`{name}` holds none of the folders {SUBSETS}: give the folder of Monet-SFT-125K.")
         root = parents[0]
-    report, rows = ReadingReport(), []
+    folders, report, rows = [root.resolve(), *blobs], ReadingReport(), []
     for subset in subsets:
         records = _records(root / subset)
-        for record in records[:max_rows]:
-            row_id = f"{subset}/{record.get('metadata', {}).get('sample_id', '?')}"
-            row, reason = _read_record(record, root, subset, answer)
+        for number, record in enumerate(records[:max_rows]):
+            row_id = f"{subset}/{_sample_id(record, number)}"
+            row, reason = _read_record(record, root, folders, subset, answer)
             if row is None:
                 report.drop(reason, row_id)
             else:
                 report.kept[subset] += 1
                 rows.append({**row, "source": subset, "row_id": row_id})
+    if not rows:
+        raise ValueError(f"`{name}` has no row that can be trained on: {report}")
     return Dataset.from_list(rows, features=FEATURES), report
 
 
@@ -98,23 +104,61 @@ def _records(folder):
     for path in (folder / "train.json", folder / "train.jsonl"):
         if path.exists():
             text = path.read_text(encoding="utf-8")
-            if path.suffix == ".jsonl":
-                return [json.loads(line) for line in text.splitlines() if line.strip()]
-            return json.loads(text)
+            try:
+                if path.suffix == ".jsonl":
+                    return [json.loads(line) for line in text.split("\n") if line.strip()]
+                records = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{path}` is no JSON ({error}): download it again.") from error
+            if not isinstance(records, list):
+                raise ValueError(f"`{path}` holds a {type(records).__name__}: it must be a list of records.")
+            return records
     raise ValueError(
         f"`{folder.name}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out."
     )
 
 
-def _read_record(record, root, subset, answer):
-    turns = {turn["role"]: turn["content"] for turn in record.get("data", [])}
+def _sample_id(record, number):
+    match record:
+        case {"metadata": {"sample_id": sample_id}}:
+            return sample_id
+    return f"record {number}"
+
+
+def _turns(record):
+    """The parts of each role's turn, or `None` where a record has another shape than Monet's."""
+    match record:
+        case {"data": [*data]}:
+            turns = {}
+        case _:
+            return None
+    for turn in data:
+        match turn:
+            case {"role": str(role), "content": [*parts]} if role not in turns and all(map(_is_part, parts)):
+                turns[role] = parts
+            case _:
+                return None
+    return turns
+
+
+def _is_part(part):
+    match part:
+        case {"type": "text", "text": str()} | {"type": "image", "image": str()}:
+            return True
+    return False
+
+
+def _read_record(record, root, folders, subset, answer):
+    turns = _turns(record)
+    if turns is None:
+        return None, "not one turn each of system, user and assistant, made of texts and images"
     if not {"user", "assistant"} <= set(turns):
         return None, "no user or no assistant turn"
     images, content = [], []
     for part in turns["user"]:
         if part["type"] == "image":
-            path = (root / part["image"]).resolve()
-            if not path.is_relative_to(root.resolve()):
+            path = root / part["image"]
+            if "\0" in part["image"] or not any(path.resolve().is_relative_to(folder) for folder in folders):
                 return None, "an image outside the data folder"
             if not path.is_file():
                 return None, "an image file that is missing"
