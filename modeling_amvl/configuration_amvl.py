@@ -43,7 +43,8 @@ class AMVLConfig(PreTrainedConfig):
         latent_token_id (`int`, defaults to 0):
             Id of the `<latent>` placeholder, a row of the backbone's embedding table.
         initial_log_variance (`float`, defaults to -6.0):
-            Log-variance of a fresh prior and posterior, around means of unit variance. Not stated in the paper; noise of
+            Log-variance of a fresh prior and posterior, around means of unit variance; taken between the bounds. Not
+            stated in the paper; noise of
             a third of the means' spread kept the demo's model from learning through its latents, 0.05 did not.
         min_log_variance (`float`, defaults to -8.0), max_log_variance (`float`, defaults to 4.0):
             Bounds of every log-variance, approached smoothly. Not stated in the paper.
@@ -90,10 +91,10 @@ class AMVLConfig(PreTrainedConfig):
                 )
         if self.latent_token_id < 0:
             raise ValueError(f"`latent_token_id` must be a row of the embedding table, got {self.latent_token_id}.")
-        if not self.min_log_variance < self.initial_log_variance < self.max_log_variance:
+        if not self.min_log_variance < self.max_log_variance:
             raise ValueError(
-                "`min_log_variance`, `initial_log_variance` and `max_log_variance` must rise in that order, got "
-                f"{self.min_log_variance}, {self.initial_log_variance} and {self.max_log_variance}."
+                f"`min_log_variance` must be below `max_log_variance`, got {self.min_log_variance} and "
+                f"{self.max_log_variance}."
             )
         if self.latent_temperature < 0:
             raise ValueError(f"`latent_temperature` must be 0 or more, got {self.latent_temperature}.")

@@ -199,7 +199,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def reset_latents(self):
         """Starts prior and posterior as the same map, and the projection at the norm of a typical token embedding."""
-        log_variance = self.config.initial_log_variance
+        config = self.config
+        log_variance = min(max(config.initial_log_variance, config.min_log_variance), config.max_log_variance)
         self.prior_head.reset(log_variance)
         self.posterior_head.load_state_dict(self.prior_head.state_dict())
         reset_projection(self.latent_projection, self.typical_embedding_norm(), log_variance)

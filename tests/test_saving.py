@@ -229,7 +229,7 @@ def test_a_checkpoint_without_the_weights_of_a_latent_part_is_refused(part, fold
     assert len(kept) < len(weights)
     (tmp_path / "config.json").write_text((folders["llava"] / "config.json").read_text())
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"has no weights for \['{part}.*would be random"):
+    with pytest.raises(ValueError, match=rf"has no fitting weights for \['{part}.*would be random"):
         AMVLForConditionalGeneration.from_pretrained(tmp_path)
 
 

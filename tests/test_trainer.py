@@ -126,7 +126,7 @@ def make_trainer(make_model, make_config, processor, rows):
         }
         return AMVLSFTTrainer(
             make_model() if model is None else model,
-            make_config(folder, **settings),
+            make_config(folder, **{"beta": 1.0, "gamma": 0.1, **settings}),
             train_dataset=train_dataset,
             processing_class=processing_class,
             **passed,
@@ -299,15 +299,14 @@ def test_the_prior_ntp_term_alone_moves_the_priors_head_and_not_the_posteriors(m
 # ---------------------------------------------------------------------------------------------------------------------
 
 # At the first and at the second step, with no warm-up and a delay of one step: (NTP weight, beta, gamma).
-BETA, GAMMA = AMVLSFTConfig.beta, AMVLSFTConfig.gamma
 ABLATION = {
     "NTP only": [(1, 0, 0), (1, 0, 0)],
-    "forward only": [(0, BETA, 0), (0, BETA, 0)],
-    "reverse only": [(0, 0, 0), (0, 0, GAMMA)],
-    "NTP + forward": [(1, BETA, 0), (1, BETA, 0)],
-    "NTP + reverse": [(1, 0, 0), (1, 0, GAMMA)],
-    "NTP + both, reverse first": [(1, 0, GAMMA), (1, BETA, GAMMA)],
-    "NTP + both, forward first": [(1, BETA, 0), (1, BETA, GAMMA)],
+    "forward only": [(0, 1, 0), (0, 1, 0)],
+    "reverse only": [(0, 0, 0), (0, 0, 0.1)],
+    "NTP + forward": [(1, 1, 0), (1, 1, 0)],
+    "NTP + reverse": [(1, 0, 0), (1, 0, 0.1)],
+    "NTP + both, reverse first": [(1, 0, 0.1), (1, 1, 0.1)],
+    "NTP + both, forward first": [(1, 1, 0), (1, 1, 0.1)],
 }
 
 

@@ -43,6 +43,8 @@ def plot_training_curves(log_history, path, title=None):
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5)
+        if label.startswith("KL") and axis.lines:
+            axis.set_yscale("log")  # it spans orders of magnitude while a posterior settles
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
