@@ -44,16 +44,15 @@ class AMVLConfig(PreTrainedConfig):
             Id of the `<latent>` placeholder, a row of the backbone's embedding table.
         initial_log_variance (`float`, defaults to -6.0):
             Log-variance of a fresh prior and posterior, around means of unit variance; taken between the bounds. Not
-            stated in the paper; noise of
-            a third of the means' spread kept the demo's model from learning through its latents, 0.05 did not.
+            stated in the paper; low, so that the decoder learns to read the latents before the KL terms widen them.
         min_log_variance (`float`, defaults to -8.0), max_log_variance (`float`, defaults to 4.0):
             Bounds of every log-variance, approached smoothly. Not stated in the paper.
         latent_temperature (`float`, defaults to 0.0):
             Default of `generate`: a latent is `mean + latent_temperature * std * noise`. 0 is deterministic.
         multipass (`"auto"`, `"shared"` or `"full"`, defaults to `"auto"`):
             How prior, posterior and decoder read one prompt. `"shared"` runs the prompt once into a differentiable
-            cache that each reads; `"full"` runs three whole sequences. `"auto"` is `"shared"` until a self-test says
-            otherwise. May be changed on a live model.
+            cache that each reads; `"full"` runs three whole sequences. `"auto"` takes the shared plan. May be changed on
+            a live model.
 
     Raises:
         ValueError: a number out of its range.

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from fresh_process import NO_REPOSITORY
 from trl import ModelConfig, TrlParser
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -24,20 +25,6 @@ from trainer.demo import DemoArguments, build_tiny_backbone
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHOWN = ("modeling_amvl", "trainer", "recipes", "model_cards")
-
-# The first lines of a fresh process: this repository's packages cannot be imported under their own names.
-NO_REPOSITORY = """
-import sys
-
-
-class NoRepository:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_amvl", "trainer", "model_cards", "recipes"):
-            raise ImportError(f"`{name}` is not installed here")
-
-
-sys.meta_path.insert(0, NoRepository())
-"""
 
 
 def example(name):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, SPARE_ROWS, Row, build_backbone, make_answers, make_prompts
+from fresh_process import NO_REPOSITORY
 from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,28 +33,6 @@ ROWS = [Row(seed=0, num_images=2, num_words=4), Row(seed=1), Row(seed=2, num_wor
 NUM_NEW = 8
 
 families = pytest.mark.parametrize("family", FAMILIES)
-
-# The first lines of every fresh process: this repository's packages cannot be imported under their own names.
-# transformers runs remote code under `transformers_modules.`.
-NO_REPOSITORY = """
-import sys
-
-
-class NoRepository:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_amvl", "trainer", "model_cards", "recipes"):
-            raise ImportError(f"`{name}` is not installed here")
-
-
-sys.meta_path.insert(0, NoRepository())
-for name in ("modeling_amvl", "trainer"):
-    try:
-        __import__(name)
-    except ImportError as error:
-        assert "is not installed here" in str(error)
-    else:
-        raise SystemExit(f"{name} could be imported")
-"""
 
 # argv: a JSON list of [folder or Hub id, file of prompts, folder to save to]; prints a JSON list of what was seen.
 LOAD = """

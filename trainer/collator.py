@@ -89,8 +89,9 @@ class AMVLDataCollator:
         if not images and not self.allow_text_only:
             raise ValueError(f"{name} has no image: give it one, or set `allow_text_only_rows=True`.")
         images = [read_image(image, f"{name}, image {number}", open_images) for number, image in enumerate(images)]
+        image_token = getattr(self.processor, "image_token", None)  # a few processors have none
         if isinstance(prompt, str):
-            num_placeholders = prompt.count(self.processor.image_token)
+            num_placeholders = len(images) if image_token is None else prompt.count(image_token)
             eos = self.processor.tokenizer.eos_token or ""
             answer = completion.removesuffix(eos)
             texts = {"prompt": prompt, "completion": answer + eos}
@@ -110,9 +111,9 @@ class AMVLDataCollator:
             )
         if not answer.strip():
             raise ValueError(f"{name} has an empty answer, {answer!r}: drop the row or fill in its `completion`.")
-        if self.processor.image_token in written:
+        if image_token is not None and image_token in written:
             raise ValueError(
-                f"{name} has the image placeholder {self.processor.image_token!r} written into a text, where it would "
+                f"{name} has the image placeholder {image_token!r} written into a text, where it would "
                 "count as an image: use a part of type 'image', or remove it."
             )
         if num_placeholders != len(images):
