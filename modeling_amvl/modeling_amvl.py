@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ModelOutput
@@ -139,9 +139,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_or_id (`PreTrainedModel`, `str` or `os.PathLike`): a stock model, a Hub id or a local folder.
             num_latents (`int`, defaults to 8): K.
             latent_size (`int`, defaults to 512): Z.
-            latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default a
-                new row behind the embedding table. The table grows only if it has no such row, and only a row that the
-                tokenizer does not use should be given: it starts at the mean of the table.
+            latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default
+                the first row that the tokenizer of `model_or_id` leaves free; behind the table where that is a model, which
+                has no tokenizer. The table grows only if it has no such row; a row that is new starts at its mean.
             initial_log_variance, min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
             **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
 
@@ -155,6 +155,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             revision = {key: model_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_kwargs}
             backbone_config = AutoConfig.from_pretrained(model_or_id, **revision)
             _refuse_config(backbone_config)
+            if latent_token_id is None:
+                latent_token_id = _first_free_id(model_or_id, revision)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
         elif isinstance(model_or_id, PreTrainedModel):
             if model_kwargs:
@@ -613,6 +615,14 @@ def split_at_first_label(input_ids, attention_mask, labels, inputs):
         gather(in_completion, labels, -100, left=False),
         inputs,
     )
+
+
+def _first_free_id(name, revision):
+    """The id that the tokenizer of a Hub id or a folder gives to the next token; `None` where there is no tokenizer."""
+    try:
+        return len(AutoTokenizer.from_pretrained(name, **revision))
+    except (OSError, ValueError):
+        return None
 
 
 def _reserve_latent_token(backbone, latent_token_id, num_rows):

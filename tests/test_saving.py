@@ -371,3 +371,12 @@ def test_a_pushed_model_answers_the_same_also_after_it_was_pushed_on_from_remote
         pushed_on = hub.models["friend/amvl"].files
         for name in (*CODE, "processing_amvl.py", "model.safetensors"):
             assert pushed_on[name].data == files[name].data, name
+
+
+def test_a_model_taken_by_name_uses_the_row_that_its_processor_uses(tmp_path):
+    backbone, processor = build_tiny_backbone()
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = AMVLForConditionalGeneration.from_backbone(tmp_path, num_latents=2, latent_size=8)
+    assert model.config.latent_token_id == AMVLProcessor.from_backbone(tmp_path).latent_token_id
+    assert model.get_input_embeddings().weight.shape == backbone.get_input_embeddings().weight.shape
