@@ -135,7 +135,7 @@ def thaw_cache(frozen):
 
 def output_embeddings(backbone):
     """The head over the vocabulary, of the model or of the language model inside it; `None` if there is none."""
-    models = [backbone, *(module for module in backbone.modules() if isinstance(module, PreTrainedModel))]
+    models = (module for module in backbone.modules() if isinstance(module, PreTrainedModel))  # itself first
     return next((head for head in map(_own_output_embeddings, models) if head is not None), None)
 
 

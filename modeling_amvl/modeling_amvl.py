@@ -322,7 +322,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
             output.latents = sample_latents(prior_mean, prior_log_variance, temperature)
             next_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
-            output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), output.latents)
+            embedded = self.embed_latents(output.latents)
+            output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), embedded)
             return output.to_tuple() if return_dict is False else output
 
         mean, log_variance = self._read_posterior(prompt, completion_ids, completion_mask)
@@ -330,12 +331,13 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         noise = torch.randn_like(mean)
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
         output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
-        output.latent_norm = self.embed_latents(output.latents.detach()).detach().float().norm(dim=-1).mean()
-        output.logits = self._decode(prompt, completion_ids, completion_mask, output.latents)
+        embedded = self.embed_latents(output.latents)  # (B, K, D)
+        output.latent_norm = embedded.detach().float().norm(dim=-1).mean()
+        output.logits = self._decode(prompt, completion_ids, completion_mask, embedded)
         output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
         if decode_prior:
             latents = sample_latents(prior_mean, prior_log_variance, temperature, noise=noise)
-            output.prior_logits = self._decode(prompt, completion_ids, completion_mask, latents)
+            output.prior_logits = self._decode(prompt, completion_ids, completion_mask, self.embed_latents(latents))
             output.prior_loss = next_token_loss(output.prior_logits, targets, num_items_in_batch)
         if decode_no_latents:
             output.no_latents_logits = self._decode(prompt, completion_ids, completion_mask, None)
@@ -373,12 +375,11 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden, _ = prompt.branch(ids, mask)
         return self.posterior_head(hidden[torch.arange(num_rows, device=slots.device)[:, None], slots])
 
-    def _decode(self, prompt, completion_ids, completion_mask, latents):
+    def _decode(self, prompt, completion_ids, completion_mask, embedded):
         num_answer = completion_ids.shape[1]
-        if latents is None:
+        if embedded is None:
             return prompt.branch(completion_ids, completion_mask, num_predicted=num_answer)[1]
         placeholders = self._placeholders(prompt)
-        embedded = self.embed_latents(latents)
         ids = torch.cat([placeholders, completion_ids], dim=1)
         mask = torch.cat([torch.ones_like(placeholders, dtype=completion_mask.dtype), completion_mask], dim=1)
         return prompt.branch(ids, mask, embedded, num_predicted=num_answer)[1]
@@ -441,7 +442,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if latents is not None:
             self._refuse_latents(latents, (input_ids.shape[0],))
         prompt = self._prompt(input_ids, attention_mask, inputs)
-        logits = self._decode(prompt, completion_ids, completion_mask, latents)  # (B, A, V)
+        embedded = None if latents is None else self.embed_latents(latents)
+        logits = self._decode(prompt, completion_ids, completion_mask, embedded)  # (B, A, V)
         log_probs = upcast(logits).log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
         return log_probs.masked_fill(completion_mask.to(log_probs.device) == 0, 0.0)
 

@@ -1,5 +1,6 @@
 """The embedded default: a tiny LLaVA from scratch, plain SFT as the base, AMVL on top, one table for all of them."""
 
+import functools
 import json
 import os
 import shutil
@@ -323,28 +324,23 @@ def run_demo(arguments):
     print(f"\nThe base: plain SFT from scratch, {arguments.base_steps} steps.")
     backbone, stock_processor = build_tiny_backbone(arguments.seed)
     processor = AMVLProcessor.from_backbone(stock_processor)
-    sft = dict(output_dir=output_dir / "sft", batch_size=arguments.batch_size, seed=arguments.seed)
-    train_sft(
+    sft = functools.partial(
+        train_sft,
         backbone,
         stock_processor,
         train_rows,
-        num_steps=arguments.base_steps,
+        output_dir / "sft",
+        batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
-        **sft,
+        seed=arguments.seed,
     )
+    sft(num_steps=arguments.base_steps)
     score("base", backbone, "no_latents")
     base_weights = {name: weight.clone() for name, weight in backbone.state_dict().items()}
 
     print(f"\nThe control: the base, {arguments.amvl_steps} more steps of plain SFT, vision encoder frozen.")
     backbone.get_encoder(modality="image").requires_grad_(False)
-    train_sft(
-        backbone,
-        stock_processor,
-        train_rows,
-        num_steps=arguments.amvl_steps,
-        learning_rate=arguments.learning_rate,
-        **sft,
-    )
+    sft(num_steps=arguments.amvl_steps)
     score("more SFT", backbone, "no_latents")
 
     print(

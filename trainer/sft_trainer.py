@@ -96,7 +96,7 @@ class AMVLSFTTrainer(SFTTrainer):
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
-            model = self._load(model, args)
+            model = self._load(model, args, processing_class.latent_token_id)
             args.model_init_kwargs = None
         self._check_model(model, peft_config)
         if peft_config is not None:
@@ -140,20 +140,18 @@ class AMVLSFTTrainer(SFTTrainer):
                 )
             is_amvl = model_type_of(name) == "amvl"
             return AMVLProcessor.from_pretrained(name) if is_amvl else AMVLProcessor.from_backbone(name)
-        if isinstance(processing_class, AMVLProcessor) or hasattr(processing_class, "latent_token_id"):
+        if hasattr(processing_class, "latent_token_id"):  # an AMVLProcessor, of this package or of remote code
             return processing_class
         return AMVLProcessor.from_backbone(processing_class)
 
     @staticmethod
-    def _load(name, args):
+    def _load(name, args, latent_token_id):
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
         if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
-        return AMVLForConditionalGeneration.from_backbone(
-            name, latent_token_id=AMVLProcessor.from_backbone(name).latent_token_id, **settings
-        )
+        return AMVLForConditionalGeneration.from_backbone(name, latent_token_id=latent_token_id, **settings)
 
     @staticmethod
     def _check_model(model, peft_config):
