@@ -16,7 +16,7 @@ import logging
 import threading
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,62 +43,70 @@ for _name in (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _copied_state(layer):
-    """The attributes of a cache layer such that writing to the copy leaves the layer as it is."""
-    written_in_place = isinstance(layer, StaticLayer)
-    state = {}
-    for name, value in vars(layer).items():
-        if isinstance(value, dict):  # conv and recurrent states, which native updates write in place
-            value = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
-        elif written_in_place and torch.is_tensor(value):
-            value = value.clone()
-        state[name] = value
-    return state
+def _own_state(layer):
+    """Gives a cache layer tensors of its own wherever its native updates write in place."""
+    state = vars(layer)
+    for name, value in state.items():
+        if isinstance(value, dict):  # conv and recurrent states
+            state[name] = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
+        elif isinstance(layer, StaticLayer) and torch.is_tensor(value):
+            state[name] = value.clone()
 
 
-def _frozen_update(native_class, name):
-    native_update = getattr(native_class, name)
-    signature = inspect.signature(native_update)
+class _FrozenLayer:
+    """
+    Mixed in before a native cache layer's class: a layer that starts each pass from the same state.
 
+    A pass is the forward, or the backward that recomputes checkpointed layers. Within one the layer is its native self,
+    updates and all; the first access in another finds it as it was frozen.
+    """
+
+    # transformers registers layer classes by `_layer_type`; the subclass must not take its parent's place there.
+    _layer_type = None
+
+    def __getattribute__(self, name):
+        state = object.__getattribute__(self, "__dict__")
+        current_pass = torch._C._current_graph_task_id()  # -1 outside of a backward
+        if state["_pass"] != current_pass:
+            frozen = state["_frozen"]
+            state.clear()
+            state.update(frozen, _frozen=frozen, _pass=current_pass)
+        return object.__getattribute__(self, name)
+
+
+def _functional_update(native_update):
     @functools.wraps(native_update)
     def update(self, *args, **kwargs):
-        call = (name, signature.bind(self, *args, **kwargs).arguments.get("state_idx", 0))
-        if call in self.frozen_calls:
-            # The backward pass recomputes a checkpointed layer: it must see what the forward saw, and leave no trace.
-            layer = _thaw(self)
-        else:
-            self.frozen_calls.add(call)
-            layer = self.frozen_after = self.frozen_after or _thaw(self)
-        return native_update(layer, *args, **kwargs)
+        _own_state(self)
+        return native_update(self, *args, **kwargs)
 
     return update
 
 
 @functools.cache
 def _frozen_class(native_class):
-    """A subclass whose every `update*` works on a copy, so that questions are answered from the state at the start."""
     updates = {
-        name: _frozen_update(native_class, name)
+        name: _functional_update(getattr(native_class, name))
         for name in dir(native_class)
         if name.startswith("update") and callable(getattr(native_class, name))
     }
-    # transformers registers layer classes by `_layer_type`; the subclass must not take its parent's place there.
-    return type(
-        f"Frozen{native_class.__name__}", (native_class,), {"_layer_type": None, "native": native_class, **updates}
-    )
+    namespace = {"native_class": native_class, **updates}
+    return type(f"Frozen{native_class.__name__}", (_FrozenLayer, native_class), namespace)
 
 
 def _freeze(layer):
     frozen_class = _frozen_class(type(layer))
     frozen = frozen_class.__new__(frozen_class)
-    vars(frozen).update(_copied_state(layer), frozen_calls=set(), frozen_after=None)
+    # A pass that never is: the first access starts one.
+    object.__setattr__(frozen, "__dict__", {"_frozen": dict(vars(layer)), "_pass": None})
     return frozen
 
 
 def _thaw(frozen):
-    layer = frozen.native.__new__(frozen.native)
-    state = _copied_state(frozen)
-    del state["frozen_calls"], state["frozen_after"]
+    native_class = frozen.native_class
+    state = dict(vars(frozen))
+    del state["_frozen"], state["_pass"]
+    layer = native_class.__new__(native_class)
     vars(layer).update(state)
     return layer
 
@@ -124,7 +132,7 @@ def freeze_cache(cache):
 def thaw_cache(frozen):
     """The native cache as a forward through `frozen` would have left it."""
     cache = copy.copy(frozen)
-    cache.layers = [layer.frozen_after or _thaw(layer) for layer in frozen.layers]
+    cache.layers = [_thaw(layer) for layer in frozen.layers]
     return cache
 
 
@@ -230,8 +238,8 @@ def _cache_under_checkpointing(backbone):
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # A whole model with the flag turns `use_cache` off; its layers do the checkpointing.
-        with without_checkpointing(module for module in modules if isinstance(module, PreTrainedModel)):
+        # What is above the layers turns `use_cache` off under the flag; the layers do the checkpointing.
+        with without_checkpointing(m for m in modules if not isinstance(m, GradientCheckpointingLayer)):
             yield
     finally:
         logger.setLevel(level)
@@ -252,9 +260,19 @@ def _refuse_reentrant(checkpoint_function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# All that is particular to a family. Their own `generate` drives a model inside them, which their own
+# `prepare_inputs_for_generation` therefore does not.
+POSITIONS_FROM_PADDING_ID = ("kosmos-2", "kosmos-2.5")  # tokens count on from it, padding has it as its position
+ENCODED_IMAGES = {"kosmos-2": "image_embeds"}  # an output of the prompt that every later forward asks for
+CROSS_ATTENDING = ("blip",)  # the decoder attends to the image, whose keys are no part of the prompt's cache
+
+
 def prepare_prompt(backbone, input_ids, inputs):
     """The model's keyword arguments for a prompt as `generate` would start with them: positions added, mask explicit."""
     model_kwargs = {key: value for key, value in inputs.items() if value is not None}
+    if _required_inputs(backbone) and backbone._supports_mm_encoder_outputs():
+        # Every forward asks for the images; what can take them encoded gets them encoded once.
+        model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
     model_kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         model_kwargs["position_ids"] = backbone._prepare_position_ids_for_generation(input_ids, dict(model_kwargs))
@@ -287,6 +305,68 @@ def extend_model_kwargs(backbone, model_kwargs, outputs, length, num_new_tokens)
             # Per-token inputs that transformers forgets to grow: what follows a prompt is plain text.
             extended[key] = torch.nn.functional.pad(new, (0, num_new_tokens))
     return extended
+
+
+@functools.cache
+def _forward_parameters(model_class):
+    return inspect.signature(model_class.forward).parameters
+
+
+def _required_inputs(backbone):
+    """Names of what a forward cannot do without, besides the ids."""
+    parameters = list(_forward_parameters(type(backbone)).values())[1:]  # without self
+    return {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.default is parameter.empty
+        and parameter.name != "input_ids"
+    }
+
+
+def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
+    """
+    Adds to a forward's keyword arguments what `prepare_inputs_for_generation` leaves out.
+
+    Args:
+        backbone (`PreTrainedModel`): the stock model.
+        input_ids (`torch.LongTensor`): `(B, S)`, the whole sequence.
+        model_kwargs (`dict`): of the whole sequence.
+        model_inputs (`dict`): of this forward, whose tokens are the last ones of the sequence.
+    """
+    if required := _required_inputs(backbone):
+        for name in {*required, "mm_encoder_outputs"} & {*required, *model_kwargs}:
+            model_inputs.setdefault(name, model_kwargs.get(name))
+    if backbone.config.model_type in POSITIONS_FROM_PADDING_ID:
+        padding_id = backbone.config.get_text_config(decoder=True).pad_token_id
+        is_token = (input_ids != padding_id).long()
+        position_ids = is_token.cumsum(1) * is_token + padding_id
+        model_inputs["position_ids"] = position_ids[:, -model_inputs["input_ids"].shape[1] :].contiguous()
+    if (encoded := ENCODED_IMAGES.get(backbone.config.model_type)) in model_kwargs:
+        model_inputs[encoded] = model_kwargs[encoded]
+    return model_inputs
+
+
+def keep_encoded_images(backbone, model_kwargs, outputs):
+    """Adds what the forward of a prompt has encoded to the keyword arguments of what follows, where that asks for it."""
+    if (encoded := ENCODED_IMAGES.get(backbone.config.model_type)) is not None:
+        model_kwargs[encoded] = outputs[encoded]
+
+
+class _NeverUpdated(dict):
+    """What an `EncoderDecoderCache` knows of its layers: none holds its keys of the encoder yet, in any pass."""
+
+    def __setitem__(self, layer, is_updated):
+        pass
+
+
+def _differentiable_cache(backbone, self_attention_cache):
+    """The cache as the forward takes it, so that gradient checkpointing can run its layers again."""
+    if backbone.config.model_type not in CROSS_ATTENDING:
+        return self_attention_cache
+    cache = EncoderDecoderCache(self_attention_cache, freeze_cache(DynamicCache()))
+    cache.is_updated = _NeverUpdated()
+    return cache
 
 
 class _Prompt:
@@ -329,10 +409,14 @@ class SharedPrompt(_Prompt):
         cache = freeze_cache(DynamicCache(config=backbone.config.get_text_config(decoder=True)))
         self.model_kwargs["use_cache"] = True
         model_inputs = backbone.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, **{**self.model_kwargs, "past_key_values": cache}
+            input_ids,
+            is_first_iteration=True,
+            **{**self.model_kwargs, "past_key_values": _differentiable_cache(backbone, cache)},
         )
+        complete_inputs(backbone, input_ids, self.model_kwargs, model_inputs)
         with tapped(backbone, input_ids.shape, slice(-1, None)), _cache_under_checkpointing(backbone):
             self.outputs = backbone(**model_inputs, return_dict=True)
+        keep_encoded_images(backbone, self.model_kwargs, self.outputs)
         self.cache = thaw_cache(cache)
         self.last_logits = self.outputs.logits  # (B, 1, V)
 
@@ -353,10 +437,11 @@ class SharedPrompt(_Prompt):
         if length == 1:  # one token takes the decoding path, on which two hybrid families write their states in place
             ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
-        model_kwargs["past_key_values"] = freeze_cache(self.cache)
+        model_kwargs["past_key_values"] = _differentiable_cache(self.backbone, freeze_cache(self.cache))
         model_inputs = self.backbone.prepare_inputs_for_generation(
             full_ids, next_sequence_length=ids.shape[1], is_first_iteration=False, **model_kwargs
         )
+        complete_inputs(self.backbone, full_ids, model_kwargs, model_inputs)
         start = max(length - num_predicted - 1, 0)
         head_slice = slice(start, max(length - 1, 1)) if num_predicted else slice(0, 1)
         with tapped(self.backbone, ids.shape, head_slice, latents) as tap, _cache_under_checkpointing(self.backbone):
@@ -376,7 +461,7 @@ class RepeatedPrompt(_Prompt):
     def __init__(self, backbone, input_ids, inputs):
         super().__init__(backbone, input_ids, inputs)
         self.model_kwargs["use_cache"] = False
-        if backbone._supports_mm_encoder_outputs():
+        if backbone._supports_mm_encoder_outputs() and "mm_encoder_outputs" not in self.model_kwargs:
             self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)
         self.outputs = CausalLMOutputWithPast()
         self.outputs.image_hidden_states = None  # Idefics reads it when it grows its keyword arguments
@@ -384,6 +469,7 @@ class RepeatedPrompt(_Prompt):
     def branch(self, ids, mask, latents=None, num_predicted=0):
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
         model_inputs = self.backbone.prepare_inputs_for_generation(full_ids, is_first_iteration=True, **model_kwargs)
+        complete_inputs(self.backbone, full_ids, model_kwargs, model_inputs)
         stop = full_ids.shape[1]
         head_slice = slice(stop - num_predicted - 1, stop - 1) if num_predicted else slice(0, 1)
         with tapped(self.backbone, full_ids.shape, head_slice, latents, self.length) as tap:

@@ -11,7 +11,14 @@ import functools
 import torch
 from transformers.generation import GenerationMixin
 
-from .branching_amvl import SharedPrompt, extend_model_kwargs, tapped, without_checkpointing
+from .branching_amvl import (
+    SharedPrompt,
+    complete_inputs,
+    extend_model_kwargs,
+    keep_encoded_images,
+    tapped,
+    without_checkpointing,
+)
 from .latents_amvl import draw_noise, sample_latents
 
 
@@ -80,7 +87,8 @@ class LatentDecodingMixin:
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         decoding = self.latent_decoding
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
-        cache = outputs.past_key_values
+        keep_encoded_images(self, model_kwargs, outputs)
+        cache = model_kwargs["past_key_values"]
         prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
         latents = decoding.choose(prompt, input_ids.shape[0])
 
@@ -107,7 +115,8 @@ class LatentDecodingMixin:
             prompt, answer = input_ids.tensor_split([decoding.num_prompt_tokens], dim=1)
             placeholders = decoding.placeholders(input_ids.shape[0], input_ids.device)
             input_ids = torch.cat([prompt, placeholders, answer], dim=1)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return complete_inputs(self, input_ids, kwargs, model_inputs)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -121,7 +130,7 @@ class LatentDecodingMixin:
 @functools.cache
 def _decoder_class(native_class):
     # Named as the backbone's class: transformers looks some behaviour up by class name.
-    namespace = {"__module__": native_class.__module__}
+    namespace = {"__module__": native_class.__module__, "main_input_name": "input_ids"}
     return type(native_class.__name__, (LatentDecodingMixin, native_class), namespace)
 
 
