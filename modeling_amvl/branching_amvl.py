@@ -20,7 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 
 # Private names of transformers that this file and generation_amvl.py call; all have been there since 5.2 or earlier.
@@ -37,6 +37,13 @@ for _name in (
             f"This release of transformers has no `GenerationMixin.{_name}`, which AMVL drives models with."
         )
 
+# How forwards call the cache: `past_key_values` up to transformers 5.23, `cache` since.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A cache that a forward reads and never changes
@@ -47,7 +54,7 @@ def _own_state(layer):
     """Gives a cache layer tensors of its own wherever its native updates write in place."""
     state = vars(layer)
     for name, value in state.items():
-        if isinstance(value, dict):  # conv and recurrent states
+        if isinstance(value, dict) and name != "_frozen":  # conv and recurrent states
             state[name] = {key: item.clone() if torch.is_tensor(item) else item for key, item in value.items()}
         elif isinstance(layer, StaticLayer) and torch.is_tensor(value):
             state[name] = value.clone()
@@ -350,7 +357,8 @@ def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
 def keep_encoded_images(backbone, model_kwargs, outputs):
     """Adds what the forward of a prompt has encoded to the keyword arguments of what follows, where that asks for it."""
     if (encoded := ENCODED_IMAGES.get(backbone.config.model_type)) is not None:
-        model_kwargs[encoded] = outputs[encoded]
+        # The second is its name since transformers 5.24.
+        model_kwargs[encoded] = outputs[encoded] if encoded in outputs else outputs.image_outputs.pooler_output
 
 
 class _NeverUpdated(dict):
@@ -411,7 +419,7 @@ class SharedPrompt(_Prompt):
         model_inputs = backbone.prepare_inputs_for_generation(
             input_ids,
             is_first_iteration=True,
-            **{**self.model_kwargs, "past_key_values": _differentiable_cache(backbone, cache)},
+            **{**self.model_kwargs, CACHE_ARGUMENT: _differentiable_cache(backbone, cache)},
         )
         complete_inputs(backbone, input_ids, self.model_kwargs, model_inputs)
         with tapped(backbone, input_ids.shape, slice(-1, None)), _cache_under_checkpointing(backbone):
@@ -437,7 +445,7 @@ class SharedPrompt(_Prompt):
         if length == 1:  # one token takes the decoding path, on which two hybrid families write their states in place
             ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
-        model_kwargs["past_key_values"] = _differentiable_cache(self.backbone, freeze_cache(self.cache))
+        model_kwargs[CACHE_ARGUMENT] = _differentiable_cache(self.backbone, freeze_cache(self.cache))
         model_inputs = self.backbone.prepare_inputs_for_generation(
             full_ids, next_sequence_length=ids.shape[1], is_first_iteration=False, **model_kwargs
         )
@@ -464,7 +472,9 @@ class RepeatedPrompt(_Prompt):
         if backbone._supports_mm_encoder_outputs() and "mm_encoder_outputs" not in self.model_kwargs:
             self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)
         self.outputs = CausalLMOutputWithPast()
-        self.outputs.image_hidden_states = None  # Idefics reads it when it grows its keyword arguments
+        # Idefics reads one of them when it grows its keyword arguments, the second since transformers 5.24.
+        self.outputs.image_hidden_states = None
+        self.outputs.image_outputs = BaseModelOutputWithPooling()
 
     def branch(self, ids, mask, latents=None, num_predicted=0):
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
@@ -477,4 +487,4 @@ class RepeatedPrompt(_Prompt):
         return tap.hidden[:, self.length :], outputs.logits if num_predicted else None
 
 
-PLANS = {"auto": SharedPrompt, "shared": SharedPrompt, "full": RepeatedPrompt}
+PLANS = {"shared": SharedPrompt, "full": RepeatedPrompt}

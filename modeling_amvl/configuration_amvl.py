@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec, strict
 
 # The range of transformers releases that this code was tested on; the ceiling is exclusive.
 TRANSFORMERS_FLOOR = "5.23.0"
-TRANSFORMERS_CEILING = "5.24.0"
+TRANSFORMERS_CEILING = "5.25.0"
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -51,8 +51,8 @@ class AMVLConfig(PreTrainedConfig):
             Default of `generate`: a latent is `mean + latent_temperature * std * noise`. 0 is deterministic.
         multipass (`"auto"`, `"shared"` or `"full"`, defaults to `"auto"`):
             How prior, posterior and decoder read one prompt. `"shared"` runs the prompt once into a differentiable
-            cache that each reads; `"full"` runs three whole sequences. `"auto"` takes the shared plan. May be changed on
-            a live model.
+            cache that each reads; `"full"` runs three whole sequences. `"auto"` takes the shared plan, and under the trainer
+            the full one where its self-test fails. May be changed on a live model.
 
     Raises:
         ValueError: a number out of its range.

@@ -12,6 +12,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .branching_amvl import (
+    CACHE_ARGUMENT,
     SharedPrompt,
     complete_inputs,
     extend_model_kwargs,
@@ -31,6 +32,7 @@ REFUSED_ARGUMENTS = {
     "guidance_scale": "its unconditional half would run without latents",
     "custom_generate": "a decoding loop of your own would not read the latents",
     "past_key_values": "a given cache holds no latents",
+    "cache": "a given cache holds no latents",
     "inputs_embeds": "the prompt is needed as `input_ids`",
 }
 
@@ -88,14 +90,14 @@ class LatentDecodingMixin:
         decoding = self.latent_decoding
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
         keep_encoded_images(self, model_kwargs, outputs)
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[CACHE_ARGUMENT]
         prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
         latents = decoding.choose(prompt, input_ids.shape[0])
 
         num_latents = latents.shape[1]
         decoding.num_prompt_tokens = input_ids.shape[1]
         extended = extend_model_kwargs(self, model_kwargs, outputs, input_ids.shape[1], num_latents)
-        extended["past_key_values"] = cache
+        extended[CACHE_ARGUMENT] = cache
         # In place: the decoding loop goes on with this very dictionary.
         model_kwargs.clear()
         model_kwargs.update(extended)

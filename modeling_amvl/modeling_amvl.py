@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ModelOutput
 
-from .branching_amvl import PLANS, output_embeddings
+from .branching_amvl import CACHE_ARGUMENT, PLANS, output_embeddings
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
 from .latents_amvl import GaussianHead, reset_projection, sample_latents, upcast
@@ -26,6 +26,14 @@ from .latents_amvl import GaussianHead, reset_projection, sample_latents, upcast
 
 # A table that has to grow does so to a multiple of this, the step in which matrix kernels are fast.
 EMBEDDING_ROWS_MULTIPLE = 64
+
+COMPILE_LAYERS = (
+    "Latents enter a backbone by hooks, which compiled code skips: compile its layers instead, `for layer in "
+    "model.backbone.get_decoder().layers: layer.compile()`."
+)
+
+# Families whose model is listed as one that answers about images in text, and predicts no next token.
+NO_NEXT_TOKEN = {"diffusion_gemma": "denoises a block of tokens at a time"}
 
 
 @dataclass
@@ -112,6 +120,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.prior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.posterior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.latent_projection = nn.Linear(config.latent_size, hidden_size)
+        self.auto_plan = "shared"  # what `multipass="auto"` stands for; the trainer's self-test may change it
         self.post_init()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -158,7 +167,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if latent_token_id is None:
                 latent_token_id = _first_free_id(model_or_id, revision)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
-        elif isinstance(model_or_id, PreTrainedModel):
+        elif isinstance(model_or_id, nn.Module) and (
+            isinstance(model_or_id, PreTrainedModel) or hasattr(model_or_id, "_orig_mod")
+        ):
             if model_kwargs:
                 raise TypeError(
                     f"`{next(iter(model_kwargs))}` is no argument of `from_backbone`; arguments of `from_pretrained` go "
@@ -169,6 +180,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise TypeError(
                 f"`model_or_id` must be a transformers model, a Hub id or a local folder, got `{type(model_or_id).__name__}`."
             )
+        _refuse_compiled(backbone)
         _refuse_backbone(backbone)
         num_rows = backbone.get_input_embeddings().weight.shape[0]
         latent_token_id = num_rows if latent_token_id is None else latent_token_id
@@ -315,7 +327,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
             _refuse_completion(input_ids, completion_ids, completion_mask)
             targets = completion_ids.masked_fill(completion_mask == 0, -100)
-        prompt = self._prompt(input_ids, attention_mask, inputs)
+        prompt = self.read_prompt(input_ids, attention_mask, inputs)
         prior_mean, prior_log_variance = self._read_prior(prompt)
         output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
         if completion_ids is None:
@@ -348,10 +360,13 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """What enters the decoder, `(B, K, D)`, of latents `(B, K, Z)`."""
         return self.latent_projection(latents.to(self.latent_projection.weight.dtype))
 
-    def _prompt(self, input_ids, attention_mask, inputs):
+    def read_prompt(self, input_ids, attention_mask, inputs):
+        """The prompts of a step, ready to be continued, under the plan in use."""
         _refuse_right_padding(attention_mask)
+        _refuse_compiled(self.backbone)
         self.config.validate_latents()
-        return PLANS[self.config.multipass](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
+        plan = self.auto_plan if self.config.multipass == "auto" else self.config.multipass
+        return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
 
     def _placeholders(self, prompt):
         shape = (prompt.input_ids.shape[0], self.config.num_latents)
@@ -400,7 +415,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             [`LatentDistribution`]: `(B, K, Z)` each.
         """
-        return LatentDistribution(*self._read_prior(self._prompt(input_ids, attention_mask, inputs)))
+        return LatentDistribution(*self._read_prior(self.read_prompt(input_ids, attention_mask, inputs)))
 
     def posterior(self, input_ids, completion_ids, attention_mask=None, completion_mask=None, **inputs):
         """
@@ -418,7 +433,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
         _refuse_completion(input_ids, completion_ids, completion_mask)
-        prompt = self._prompt(input_ids, attention_mask, inputs)
+        prompt = self.read_prompt(input_ids, attention_mask, inputs)
         return LatentDistribution(*self._read_posterior(prompt, completion_ids, completion_mask))
 
     def log_prob(self, input_ids, completion_ids, latents, attention_mask=None, completion_mask=None, **inputs):
@@ -441,7 +456,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         _refuse_completion(input_ids, completion_ids, completion_mask)
         if latents is not None:
             self._refuse_latents(latents, (input_ids.shape[0],))
-        prompt = self._prompt(input_ids, attention_mask, inputs)
+        prompt = self.read_prompt(input_ids, attention_mask, inputs)
         embedded = None if latents is None else self.embed_latents(latents)
         logits = self._decode(prompt, completion_ids, completion_mask, embedded)  # (B, A, V)
         log_probs = upcast(logits).log_softmax(-1).gather(-1, completion_ids[..., None].to(logits.device))[..., 0]
@@ -527,6 +542,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns."
             )
         _refuse_right_padding(kwargs.get("attention_mask"))
+        _refuse_compiled(self.backbone)
         self.config.validate_latents()
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         if temperature < 0:
@@ -649,6 +665,10 @@ def _refuse_config(config):
     name = f"`{config.model_type}`"
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: its decoder reads no prompt that latents could follow.")
+    if config.model_type in NO_NEXT_TOKEN:
+        raise ValueError(
+            f"{name} {NO_NEXT_TOKEN[config.model_type]}: it predicts no next token, before which latents could stand."
+        )
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{name} is no image-text-to-text model of transformers: pass a vision-language model.")
 
@@ -664,8 +684,13 @@ def _refuse_backbone(backbone):
         raise ValueError(f"{name} has no output embeddings, whose input the latents are read from.")
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "past_key_values" not in parameters and not takes_any:
-        raise ValueError(f"{name} takes no `past_key_values`, in which latents would live.")
+    if CACHE_ARGUMENT not in parameters and not takes_any:
+        raise ValueError(f"{name} takes no `{CACHE_ARGUMENT}`, in which latents would live.")
+
+
+def _refuse_compiled(backbone):
+    if not isinstance(backbone, PreTrainedModel) or backbone._compiled_call_impl is not None:
+        raise ValueError(f"`backbone` is a compiled `{type(backbone).__name__}`. {COMPILE_LAYERS}")
 
 
 def _refuse_token(backbone, latent_token_id, num_rows):

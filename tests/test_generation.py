@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from families import EOS, FAMILIES, HIDDEN_SIZE, PAD, SPARE_ROWS, VOCAB_SIZE, Row, build_backbone, make_prompts
+from families import CORE_FAMILIES, EOS, HIDDEN_SIZE, PAD, SPARE_ROWS, VOCAB_SIZE, Row, build_backbone, make_prompts
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -14,7 +14,7 @@ from modeling_amvl import AMVLForConditionalGeneration
 NUM_LATENTS, LATENT_SIZE, NUM_NEW = 3, 8, 6
 ROWS = [Row(seed=0, num_images=2, num_words=4), Row(seed=1, num_words=9), Row(seed=2, num_words=3)]
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", CORE_FAMILIES)
 
 
 def build_model(family="llava"):

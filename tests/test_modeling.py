@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from families import (
+    CORE_FAMILIES,
     FAMILIES,
     HIDDEN_SIZE,
     IMAGE,
@@ -18,6 +19,7 @@ from families import (
     make_answers,
     make_prompts,
 )
+from planted_errors import plant_leak, plant_shifted_positions
 from reference import reference_step
 from transformers import LlamaConfig, LlamaForCausalLM, UdopConfig, UdopForConditionalGeneration
 
@@ -34,7 +36,7 @@ SEVERAL_IMAGES = [Row(seed=0, num_images=2), Row(seed=1, num_images=1), Row(seed
 SOME_WITHOUT_IMAGE = [Row(seed=0, num_images=0), Row(seed=1, num_words=4), Row(seed=2, num_images=2, num_words=3)]
 UNEQUAL, EQUAL = (5, 2, 3), (4, 4, 4)
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", CORE_FAMILIES)
 plans = pytest.mark.parametrize("plan", ["shared", "full"])
 
 
@@ -301,35 +303,10 @@ def test_a_branch_that_leaks_into_the_next_is_noticed(family, monkeypatch):
     model = build_model(family)
     prompts, answers = make_prompts(family, PADDED), make_answers(UNEQUAL)
     expected, _ = step(model, prompts, answers, "full")
-    _leak(monkeypatch)
+    plant_leak(monkeypatch)
     leaked, _ = step(model, prompts, answers, "shared")
     assert relative(leaked["prior_mean"], expected["prior_mean"]) < 1e-5  # the first branch still is right
     assert relative(leaked["posterior_mean"], expected["posterior_mean"]) > 1e-3
-
-
-def _leak(monkeypatch):
-    """Every branch writes into the prompt's own cache, whose length still reads as that of the prompt."""
-    thaw, freeze = branching_amvl.thaw_cache, branching_amvl.freeze_cache
-
-    def thaw_cache(frozen):
-        cache = thaw(frozen)
-        for layer in cache.layers:
-            layer.update = functools.partial(_overwriting_update, layer)
-        return cache
-
-    def freeze_cache(cache):
-        return cache if cache.get_seq_length() else freeze(cache)  # empty before the prompt's own forward
-
-    monkeypatch.setattr(branching_amvl, "thaw_cache", thaw_cache)
-    monkeypatch.setattr(branching_amvl, "freeze_cache", freeze_cache)
-
-
-def _overwriting_update(layer, keys, values, *args, **kwargs):
-    """Appends, and leaves a trace of the branch in the prompt's last position."""
-    outputs = torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
-    layer.keys = torch.cat([layer.keys[..., :-1, :], keys[..., -1:, :]], dim=-2)
-    layer.values = torch.cat([layer.values[..., :-1, :], values[..., -1:, :]], dim=-2)
-    return outputs
 
 
 @families
@@ -337,15 +314,7 @@ def test_a_branch_whose_positions_are_shifted_is_noticed(family, monkeypatch):
     model = build_model(family)
     prompts, answers = make_prompts(family, PADDED), make_answers(UNEQUAL)
     expected, _ = step(model, prompts, answers, "full")
-    native = branching_amvl.SharedPrompt._extended
-
-    def shifted(self, *args):
-        ids, model_kwargs = native(self, *args)
-        positions = model_kwargs["position_ids"].clone()
-        positions[..., self.length :] += 1
-        return ids, model_kwargs | {"position_ids": positions}
-
-    monkeypatch.setattr(branching_amvl.SharedPrompt, "_extended", shifted)
+    plant_shifted_positions(monkeypatch)
     got, _ = step(model, prompts, answers, "shared")
     for name in ("prior_mean", "posterior_mean"):
         assert relative(got[name], expected[name]) > 1e-3, name

@@ -1,6 +1,7 @@
 """AMVLSFTTrainer trains what it says, logs what the model computes, and refuses what would bypass the latents."""
 
 import functools
+import logging
 import re
 import shutil
 import types
@@ -13,11 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from PIL import Image
+from planted_errors import PLANTED, plant_bidirectional_attention, plant_shifted_positions
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor, branching_amvl
 from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
 from trainer.demo import build_tiny_backbone
 from trainer.objective import forward_kl, reverse_kl
@@ -107,6 +109,7 @@ def make_config(tmp_path):
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 2,
             "max_steps": 2,
+            "self_test": False,  # has tests of its own
             # Both KL terms at their full weight from the first step, unless the test is about the schedule.
             "kl_warmup_steps": 0,
             "kl_delay_steps": 0,
@@ -1171,3 +1174,79 @@ def test_quantisation_is_not_silently_ignored(make_model, make_config, processor
             processing_class=processor,
             quantization_config=BitsAndBytesConfig(load_in_4bit=True),
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The self-test of the first batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_same_with_and_without_its_self_test(make_trainer, caplog):
+    trainers = []
+    with caplog.at_level(logging.INFO, logger="trainer.sft_trainer"):
+        for given in (True, False):
+            trainers.append(make_trainer(self_test=given, max_steps=3))  # which seeds the process
+            trainers[-1].train()
+    assert logged(trainers[0], "loss") == logged(trainers[1], "loss")
+    for name, weight in trainers[0].model.state_dict().items():
+        assert torch.equal(weight, trainers[1].model.state_dict()[name]), name
+    assert [record.message[:16] for record in caplog.records] == ["Self-test passed"]  # once, on the first batch
+
+
+@pytest.mark.parametrize(("plant", "message"), PLANTED.values(), ids=PLANTED)
+def test_a_run_falls_back_to_the_full_plan_and_names_the_check(make_trainer, plant, message, monkeypatch, caplog):
+    expected = make_trainer(self_test=False)
+    expected.model.config.multipass = "full"
+    expected.train()
+    plant(monkeypatch)
+    trainer = make_trainer(self_test=True)
+    trainer.train()
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert message in warning and "Training goes on with the full plan" in warning
+    assert (trainer.model.config.multipass, trainer.model.auto_plan) == ("auto", "full")
+    assert logged(trainer, "loss") == logged(expected, "loss")
+
+
+def test_a_run_that_asks_for_the_shared_plan_stops(make_trainer, monkeypatch):
+    plant_shifted_positions(monkeypatch)
+    trainer = make_trainer(self_test=True)
+    trainer.model.config.multipass = "shared"
+    with pytest.raises(ValueError, match="Set `multipass='full'`"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_self_test_that_is_switched_off_does_not_look(make_trainer, monkeypatch):
+    plant_shifted_positions(monkeypatch)
+    trainer = make_trainer(self_test=False)
+    trainer.train()
+    assert trainer.model.auto_plan == "shared"
+
+
+@pytest.mark.parametrize("plan", ["auto", "full"])
+def test_a_run_whose_attention_sees_the_answer_ahead_stops(make_trainer, plan, monkeypatch):
+    plant_bidirectional_attention(monkeypatch)
+    trainer = make_trainer(self_test=True)
+    trainer.model.config.multipass = plan
+    with pytest.raises(ValueError, match="cannot be trained as it is set up here: .* not causal"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_without_memory_for_three_forwards_the_run_goes_on_and_says_so(make_trainer, monkeypatch, caplog):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(branching_amvl.RepeatedPrompt, "branch", out_of_memory)
+    trainer = make_trainer(self_test=True)
+    trainer.train()
+    assert "goes on unchecked: OutOfMemoryError" in caplog.text
+    assert trainer.state.global_step == 2
+
+
+def test_an_evaluation_before_training_is_self_tested_too(make_trainer, held_out, monkeypatch, caplog):
+    plant_shifted_positions(monkeypatch)
+    trainer = make_trainer(self_test=True, eval_dataset=held_out)
+    trainer.evaluate()
+    assert "the prior differs by" in caplog.text and "gradient" not in caplog.text
+    assert trainer.model.auto_plan == "full"

@@ -91,6 +91,14 @@ class AMVLSFTConfig(SFTConfig):
         },
     )
 
+    self_test: bool = field(
+        default=True,
+        metadata={
+            "help": "On the first batch, compare the shared plan with three full forwards, and fall back to those if they "
+            "disagree (`multipass='auto'`) or stop (`'shared'`)."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("beta", "gamma", "ntp_weight", "prior_ntp_weight", "kl_warmup_steps", "kl_delay_steps"):
@@ -125,6 +133,11 @@ class AMVLSFTConfig(SFTConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` would bypass the latents or their loss: leave it at {harmless[0]!r}."
                 )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` compiles the whole model, where latents enter by hooks, which compiled code skips: "
+                "compile its layers instead, `for layer in model.backbone.get_decoder().layers: layer.compile()`."
+            )
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 0.0
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

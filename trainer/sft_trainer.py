@@ -1,5 +1,6 @@
 """TRL's SFTTrainer with the AMVL objective: the latents in the step, the train-inference gap on the screen."""
 
+import logging
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -17,8 +18,11 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from .collator import AMVLDataCollator
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
+from .self_test import self_test
 from .sft_config import AMVLSFTConfig
 
+
+logger = logging.getLogger(__name__)
 
 # The parts that LoRA would freeze, which is to say switch off.
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
@@ -125,6 +129,7 @@ class AMVLSFTTrainer(SFTTrainer):
         self._num_rows_in_batch = None
         self._embedding_norm = embedding_norm
         self._last_evaluation = {}
+        self._self_tested = set()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Before training
@@ -213,6 +218,9 @@ class AMVLSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.model.training
         args = self.args
+        if args.self_test and training not in self._self_tested:
+            self._self_tested.add(training)
+            self._self_test(inputs)
         sampling = {} if training else {"latent_temperature": amvl_model(self.model).config.latent_temperature}
         outputs = model(
             **inputs,
@@ -249,6 +257,48 @@ class AMVLSFTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # the counts are of all devices, and gradients get averaged
         self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
+
+    def _self_test(self, inputs):
+        """Before the first step and the first evaluation: is the plan in use exact on this backbone and machine?"""
+        model = amvl_model(self.model)
+        name = f"`{type(model.backbone).__name__}`"
+        asked = model.config.multipass
+        try:
+            report = self_test(model, inputs, forward=self.model)
+        except Exception as error:  # of the full plan, out of memory most likely, which the run itself may not need
+            logger.warning(
+                "The self-test could not run three full forwards, so that the plan in use goes on unchecked: %s: %s. Try a "
+                "smaller `per_device_train_batch_size`, or set `self_test=False`.",
+                type(error).__name__,
+                error,
+            )
+            return
+        full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
+        if self.args.world_size > 1:  # every process has to take the same plan
+            reports = [None] * self.args.world_size
+            torch.distributed.all_gather_object(reports, (full_failed, failed))
+            full_failed, failed = ("; ".join(filter(None, found)) for found in zip(*reports))
+        if full_failed:
+            raise ValueError(
+                f"{name} cannot be trained as it is set up here: {full_failed}. Set another `attn_implementation`, `sdpa` "
+                "say; `self_test=False` trains all the same."
+            )
+        if not failed:
+            logger.info("Self-test passed in %.1f s: %s.", report.seconds, report)
+        elif asked == "shared":
+            raise ValueError(
+                f"The shared plan does not give what three full forwards give on {name}: {failed}. Set `multipass='full'` "
+                "(or `'auto'`) in the model's config."
+            )
+        elif asked == "auto" and model.auto_plan == "shared":
+            model.auto_plan = "full"
+            logger.warning(
+                "The shared plan does not give what three full forwards give on %s: %s. Training goes on with the full "
+                "plan, at about three times the price of plain SFT. `generate` reads the prompt as the shared plan does: "
+                "compare its answers with `log_prob`.",
+                name,
+                failed,
+            )
 
     @torch.no_grad()
     def _record(self, outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma):
