@@ -271,6 +271,7 @@ def _refuse_reentrant(checkpoint_function):
 # `prepare_inputs_for_generation` therefore does not.
 POSITIONS_FROM_PADDING_ID = ("kosmos-2", "kosmos-2.5")  # tokens count on from it, padding has it as its position
 ENCODED_IMAGES = {"kosmos-2": "image_embeds"}  # an output of the prompt that every later forward asks for
+REQUIRED_IN_TRAINING = {"molmo2": "mm_token_type_ids"}  # in later forwards too, for which it is left out
 CROSS_ATTENDING = ("blip",)  # the decoder attends to the image, whose keys are no part of the prompt's cache
 
 
@@ -344,11 +345,15 @@ def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
     if required := _required_inputs(backbone):
         for name in {*required, "mm_encoder_outputs"} & {*required, *model_kwargs}:
             model_inputs.setdefault(name, model_kwargs.get(name))
+        if model_inputs.get("attention_mask") is None:  # they would make one without what is in the cache
+            model_inputs["attention_mask"] = torch.ones_like(input_ids)
     if backbone.config.model_type in POSITIONS_FROM_PADDING_ID:
         padding_id = backbone.config.get_text_config(decoder=True).pad_token_id
         is_token = (input_ids != padding_id).long()
         position_ids = is_token.cumsum(1) * is_token + padding_id
         model_inputs["position_ids"] = position_ids[:, -model_inputs["input_ids"].shape[1] :].contiguous()
+    if backbone.training and (name := REQUIRED_IN_TRAINING.get(backbone.config.model_type)) in model_kwargs:
+        model_inputs[name] = model_kwargs[name][:, -model_inputs["input_ids"].shape[1] :]
     if (encoded := ENCODED_IMAGES.get(backbone.config.model_type)) in model_kwargs:
         model_inputs[encoded] = model_kwargs[encoded]
     return model_inputs

@@ -73,6 +73,8 @@ __all__ = [
     "WORDS",
     "Row",
     "build_backbone",
+    "has_prompts",
+    "is_same_as_alone",
     "make_answers",
     "make_prompts",
 ]
@@ -237,7 +239,7 @@ def _weights(family):
     generator = torch.Generator().manual_seed(0)
     for parameter in backbone.parameters():
         if not (parameter == 1).all():  # those of norms stay
-            std = 0.5 if parameter.numel() == 1 else 0.08 if parameter.ndim >= 2 else 0.02  # a gate, a weight, a bias
+            std = 0.5 if parameter.numel() == 1 else 0.06 if parameter.ndim >= 2 else 0.02  # a gate, a weight, a bias
             parameter.data.normal_(std=std, generator=generator)
     return backbone.state_dict()
 
@@ -558,3 +560,25 @@ def make_answers(lengths, seed=0):
 
 def _draw_words(num_words, generator):
     return torch.randint(WORDS.start, WORDS.stop, (num_words,), generator=generator).tolist()
+
+
+def has_prompts(family, rows):
+    """Whether a stock model of the family reads these rows in one batch."""
+    family, num_images = FAMILIES[family], [row.num_images for row in rows]
+    return not (
+        family.refused
+        or (family.one_image_per_row and max(num_images) > 1)
+        or (family.no_text_only_rows and min(num_images) == 0)
+        or (family.no_text_only_batches and max(num_images) == 0)
+    )
+
+
+def is_same_as_alone(family, rows):
+    """Whether a stock model of the family gives these rows in one batch what it gives each alone."""
+    family, num_images = FAMILIES[family], [row.num_images for row in rows]
+    lengths = {1 + row.num_words + row.num_images * (len(family.image_tokens) + row.num_words) for row in rows}
+    return not (
+        (family.padding_matters and len(lengths) > 1)
+        or (family.filling_matters and len(set(num_images)) > 1)
+        or (family.place_matters and any(num_images[1:]))
+    )

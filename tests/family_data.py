@@ -480,6 +480,7 @@ FAMILY_DATA = {
     "muse_glimmer": dict(overrides={"out_hidden_size": 128}, image_inputs="patch_pairs"),
     "muse_spark": dict(
         overrides={
+            "text_config.qk_scale_factor": 1.0,  # its 5.5 makes attention so sharp that rounding shows
             "out_hidden_size": 128,
             "audio_config.patch_sizes": [16],
             "audio_config.hidden_sizes": [32],

@@ -1,35 +1,28 @@
 """Errors put in on purpose, into the shared plan and below it, to see that the comparisons notice them."""
 
-import functools
-
 import torch
 
 from modeling_amvl import branching_amvl
 
 
 def plant_leak(monkeypatch):
-    """Every branch writes into the prompt's own cache, whose length still reads as that of the prompt."""
-    thaw, freeze = branching_amvl.thaw_cache, branching_amvl.freeze_cache
+    """Every branch leaves its trace in the prompt's own cache, whatever that holds; its length stays."""
+    native = branching_amvl.SharedPrompt.branch
 
-    def thaw_cache(frozen):
-        cache = thaw(frozen)
-        for layer in cache.layers:
-            layer.update = functools.partial(_overwriting_update, layer)
-        return cache
+    def branch(self, *args, **kwargs):
+        outputs = native(self, *args, **kwargs)
+        for layer in self.cache.layers:
+            for name, value in vars(layer).items():
+                setattr(layer, name, _traced(value))
+        return outputs
 
-    def freeze_cache(cache):
-        return cache if cache.get_seq_length() else freeze(cache)  # empty before the prompt's own forward
-
-    monkeypatch.setattr(branching_amvl, "thaw_cache", thaw_cache)
-    monkeypatch.setattr(branching_amvl, "freeze_cache", freeze_cache)
+    monkeypatch.setattr(branching_amvl.SharedPrompt, "branch", branch)
 
 
-def _overwriting_update(layer, keys, values, *args, **kwargs):
-    """Appends, and leaves a trace of the branch in the prompt's last position."""
-    outputs = torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
-    layer.keys = torch.cat([layer.keys[..., :-1, :], keys[..., -1:, :]], dim=-2)
-    layer.values = torch.cat([layer.values[..., :-1, :], values[..., -1:, :]], dim=-2)
-    return outputs
+def _traced(value):
+    if isinstance(value, dict):  # of conv and recurrent states
+        return {key: _traced(item) for key, item in value.items()}
+    return value * 1.1 if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 def plant_shifted_positions(monkeypatch):

@@ -1,7 +1,7 @@
 """AMVL's step, written the slow and obvious way: what the model class is compared with.
 
-Each row alone and without padding, one whole stock forward per distribution, no cache, no code of `branching_amvl`:
-prior from `[x, L]`, posterior from `[x, y, L]`, answer from `[x, z, y]`.
+Each row alone and without padding, one whole stock forward per distribution, no cache, no plan of `branching_amvl`:
+prior from `[x, L]`, posterior from `[x, y, L]`, answer from `[x, z, y]`. Positions are the stock forward's own.
 
 Shapes: A answer, K latent slots, Z latent size, D model size, S sequence, V vocabulary.
 """
@@ -11,12 +11,16 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
+from modeling_amvl.branching_amvl import output_embeddings
+
 
 @contextlib.contextmanager
 def _embeddings_replaced(backbone, start, embedded):
     """The embeddings `(1, S, D)` from position `start` on become `embedded` `(K, D)`."""
 
     def replace(module, args, output):
+        if output.ndim != 3 or output.shape[1] < start + len(embedded):
+            return output  # chameleon and emu3 embed the codes of an image by themselves
         output = output.clone()
         output[0, start : start + len(embedded)] = embedded
         return output
@@ -26,17 +30,39 @@ def _embeddings_replaced(backbone, start, embedded):
     handle.remove()
 
 
+# Per-token inputs of a prompt, and what they hold for the text that follows; else 0, text.
+REPEATS_LAST = ("cross_attention_mask", "image_attention_mask")
+ONES = {"paligemma": ("token_type_ids",)}  # 0 is its prompt
+
+
+def _extended(backbone, name, value, length, total):
+    """An input of a prompt of `length` tokens for a sequence of `total`."""
+    if not torch.is_tensor(value) or value.shape[:2] != (1, length) or name.startswith("pixel"):
+        return value
+    if name in REPEATS_LAST:
+        more = value[:, -1:].expand(-1, total - length, *[-1] * (value.ndim - 2))
+    elif name in ONES.get(backbone.config.model_type, ()):
+        more = value.new_ones(1, total - length)
+    else:
+        more = value.new_zeros(1, total - length)
+    return torch.cat([value, more], dim=1)
+
+
 def _stock_forward(backbone, ids, prompt):
     """Final hidden states `(S, D)` and logits `(S, V)` of one sequence of ids, without a cache."""
-    inputs = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
-    if "mm_token_type_ids" in inputs:  # what follows the prompt is text, type 0
-        types = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = F.pad(types, (0, len(ids) - types.shape[1]))
+    length = prompt["input_ids"].shape[1]
+    inputs = {
+        name: _extended(backbone, name, value, length, len(ids))
+        for name, value in prompt.items()
+        if name not in ("input_ids", "attention_mask")
+    }
     hidden = []
-    handle = backbone.get_output_embeddings().register_forward_pre_hook(lambda module, args: hidden.append(args[0][0]))
-    logits = backbone(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False, **inputs).logits
+    handle = output_embeddings(backbone).register_forward_pre_hook(
+        lambda module, args: hidden.append(args[0][0, -len(ids) :])  # git puts its image before the ids
+    )
+    outputs = backbone(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False, **inputs)
     handle.remove()
-    return hidden[0], logits[0]
+    return hidden[0], outputs.logits[0, -len(ids) :]
 
 
 def _distribution(head, hidden, config):

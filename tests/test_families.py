@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from families import FAMILIES, NUM_LAYERS, WORDS, Row, build_backbone, make_prompts
+from families import FAMILIES, NUM_LAYERS, WORDS, Row, build_backbone, has_prompts, is_same_as_alone, make_prompts
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -51,19 +51,6 @@ def distance_from_alone(family, rows):
     return distance(next_word_logits(backbone, make_prompts(family, rows)), alone)
 
 
-def is_same_as_alone(family, rows):
-    """Whether the family's data promises that these rows have the same logits in a batch as alone."""
-    num_images = [row.num_images for row in rows]
-    return not (
-        (family.one_image_per_row and max(num_images) > 1)
-        or (family.no_text_only_rows and min(num_images) == 0)
-        or (family.no_text_only_batches and max(num_images) == 0)
-        or (family.padding_matters and rows is not EQUAL)
-        or (family.filling_matters and len(set(num_images)) > 1)
-        or (family.place_matters and any(num_images[1:]))
-    )
-
-
 def test_families_are_those_of_transformers():
     assert list(FAMILIES) == list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
@@ -80,7 +67,7 @@ def test_backbone_is_tiny_and_the_same_each_time(family):
 
 @read_families
 def test_row_is_the_same_in_any_batch(family):
-    batches = [rows for rows in BATCHES if is_same_as_alone(FAMILIES[family], rows)]
+    batches = [rows for rows in BATCHES if has_prompts(family, rows) and is_same_as_alone(family, rows)]
     assert batches
     for rows in batches:
         assert distance_from_alone(family, rows) < 1e-5
@@ -122,7 +109,7 @@ def test_images_change_the_logits(family):
     if FAMILIES[family].text_only:
         assert distance(of_other_images, logits) == 0
     else:
-        assert distance(of_other_images, logits) > 1e-3
+        assert distance(of_other_images, logits) > 3e-4
 
 
 @read_families
