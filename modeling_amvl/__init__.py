@@ -1,8 +1,11 @@
 """AMVL for Hugging Face: continuous latent reasoning for any vision-language model."""
 
+from .configuration_amvl import AMVLConfig  # first: it refuses a release of transformers out of range
+
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from .configuration_amvl import AMVLConfig
 from .modeling_amvl import AMVLForConditionalGeneration, AMVLOutput, LatentDistribution
 from .processing_amvl import AMVLProcessor
 

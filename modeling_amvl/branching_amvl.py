@@ -23,19 +23,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 
-# Private names of transformers that this file and generation_amvl.py call; all have been there since 5.2 or earlier.
-for _name in (
-    "_prefill",
-    "_prepare_cache_for_generation",
-    "_prepare_multimodal_encoder_kwargs_for_generation",
-    "_prepare_position_ids_for_generation",
-    "_supports_mm_encoder_outputs",
-    "_update_model_kwargs_for_generation",
+# The private names that this file and generation_amvl.py rely on.
+for _package, _owner, _names in (
+    (
+        "transformers",
+        GenerationMixin,
+        (
+            "_prefill",
+            "_prepare_cache_for_generation",
+            "_prepare_multimodal_encoder_kwargs_for_generation",
+            "_prepare_position_ids_for_generation",
+            "_supports_mm_encoder_outputs",
+            "_update_model_kwargs_for_generation",
+        ),
+    ),
+    ("transformers", GradientCheckpointingLayer, ("_can_checkpoint_with_cache",)),
+    ("torch", torch._C, ("_current_graph_task_id",)),
 ):
-    if not hasattr(GenerationMixin, _name):
-        raise ImportError(
-            f"This release of transformers has no `GenerationMixin.{_name}`, which AMVL drives models with."
-        )
+    for _name in _names:
+        if not hasattr(_owner, _name):
+            raise ImportError(
+                f"This release of {_package} has no `{_owner.__name__}.{_name}`, which AMVL drives models with."
+            )
 
 # How forwards call the cache: `past_key_values` up to transformers 5.23, `cache` since.
 CACHE_ARGUMENT = (
@@ -80,6 +89,13 @@ class _FrozenLayer:
             state.update(frozen, _frozen=frozen, _pass=current_pass)
         return object.__getattribute__(self, name)
 
+    def rewind(self):
+        """Forgets what this pass added; checkpointed layers hold on to the cache until they have run again."""
+        state = vars(self)
+        frozen = state["_frozen"]
+        state.clear()
+        state.update(_frozen=frozen, _pass=None)
+
 
 def _functional_update(native_update):
     @functools.wraps(native_update)
@@ -104,7 +120,7 @@ def _frozen_class(native_class):
 def _freeze(layer):
     frozen_class = _frozen_class(type(layer))
     frozen = frozen_class.__new__(frozen_class)
-    # A pass that never is: the first access starts one.
+    # No pass has that number: the first access starts one.
     object.__setattr__(frozen, "__dict__", {"_frozen": dict(vars(layer)), "_pass": None})
     return frozen
 
@@ -267,8 +283,7 @@ def _refuse_reentrant(checkpoint_function):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# All that is particular to a family. Their own `generate` drives a model inside them, which their own
-# `prepare_inputs_for_generation` therefore does not.
+# All that is particular to a family, beyond what its own `prepare_inputs_for_generation` does.
 POSITIONS_FROM_PADDING_ID = ("kosmos-2", "kosmos-2.5")  # tokens count on from it, padding has it as its position
 ENCODED_IMAGES = {"kosmos-2": "image_embeds"}  # an output of the prompt that every later forward asks for
 REQUIRED_IN_TRAINING = {"molmo2": "mm_token_type_ids"}  # in later forwards too, for which it is left out
@@ -278,7 +293,7 @@ CROSS_ATTENDING = ("blip",)  # the decoder attends to the image, whose keys are 
 def prepare_prompt(backbone, input_ids, inputs):
     """The model's keyword arguments for a prompt as `generate` would start with them: positions added, mask explicit."""
     model_kwargs = {key: value for key, value in inputs.items() if value is not None}
-    if _required_inputs(backbone) and backbone._supports_mm_encoder_outputs():
+    if _required_inputs(type(backbone)) and backbone._supports_mm_encoder_outputs():
         # Every forward asks for the images; what can take them encoded gets them encoded once.
         model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
     model_kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -316,20 +331,16 @@ def extend_model_kwargs(backbone, model_kwargs, outputs, length, num_new_tokens)
 
 
 @functools.cache
-def _forward_parameters(model_class):
-    return inspect.signature(model_class.forward).parameters
-
-
-def _required_inputs(backbone):
+def _required_inputs(model_class):
     """Names of what a forward cannot do without, besides the ids."""
-    parameters = list(_forward_parameters(type(backbone)).values())[1:]  # without self
-    return {
+    _, *parameters = inspect.signature(model_class.forward).parameters.values()  # without self
+    return frozenset(
         parameter.name
         for parameter in parameters
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and parameter.default is parameter.empty
         and parameter.name != "input_ids"
-    }
+    )
 
 
 def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
@@ -342,7 +353,7 @@ def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
         model_kwargs (`dict`): of the whole sequence.
         model_inputs (`dict`): of this forward, whose tokens are the last ones of the sequence.
     """
-    if required := _required_inputs(backbone):
+    if required := _required_inputs(type(backbone)):
         for name in {*required, "mm_encoder_outputs"} & {*required, *model_kwargs}:
             model_inputs.setdefault(name, model_kwargs.get(name))
         if model_inputs.get("attention_mask") is None:  # they would make one without what is in the cache
@@ -362,8 +373,9 @@ def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
 def keep_encoded_images(backbone, model_kwargs, outputs):
     """Adds what the forward of a prompt has encoded to the keyword arguments of what follows, where that asks for it."""
     if (encoded := ENCODED_IMAGES.get(backbone.config.model_type)) is not None:
-        # The second is its name since transformers 5.24.
-        model_kwargs[encoded] = outputs[encoded] if encoded in outputs else outputs.image_outputs.pooler_output
+        if encoded not in outputs:  # since transformers 5.24
+            outputs = {encoded: outputs.image_outputs.pooler_output}
+        model_kwargs[encoded] = outputs[encoded]
 
 
 class _NeverUpdated(dict):
@@ -450,7 +462,8 @@ class SharedPrompt(_Prompt):
         if length == 1:  # one token takes the decoding path, on which two hybrid families write their states in place
             ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)
-        model_kwargs[CACHE_ARGUMENT] = _differentiable_cache(self.backbone, freeze_cache(self.cache))
+        cache = freeze_cache(self.cache)
+        model_kwargs[CACHE_ARGUMENT] = _differentiable_cache(self.backbone, cache)
         model_inputs = self.backbone.prepare_inputs_for_generation(
             full_ids, next_sequence_length=ids.shape[1], is_first_iteration=False, **model_kwargs
         )
@@ -459,6 +472,8 @@ class SharedPrompt(_Prompt):
         head_slice = slice(start, max(length - 1, 1)) if num_predicted else slice(0, 1)
         with tapped(self.backbone, ids.shape, head_slice, latents) as tap, _cache_under_checkpointing(self.backbone):
             outputs = self.backbone(**model_inputs, return_dict=True)
+        for layer in cache.layers:
+            layer.rewind()
         hidden = tap.hidden[:, :length]
         if num_predicted == 0:
             return hidden, None

@@ -3,15 +3,11 @@
 from typing import Literal
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec, strict
 
 
 # The range of transformers releases that this code was tested on; the ceiling is exclusive.
 TRANSFORMERS_FLOOR = "5.23.0"
 TRANSFORMERS_CEILING = "5.25.0"
-
-AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 def _check_transformers_version(version):
@@ -26,6 +22,13 @@ def _check_transformers_version(version):
 
 
 _check_transformers_version(transformers.__version__)
+
+# Behind the guard: another release may not have these names.
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec, strict  # noqa: E402
+
+
+AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 @strict

@@ -244,6 +244,49 @@ def test_the_version_guard_is_the_range_of_the_package_metadata():
     assert bounds(guard) == bounds(requirements()["transformers"].specifier)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("transformers.generation.GenerationMixin", "_prefill"),
+        ("transformers.generation.GenerationMixin", "_update_model_kwargs_for_generation"),
+        ("transformers.modeling_layers.GradientCheckpointingLayer", "_can_checkpoint_with_cache"),
+        ("torch._C", "_current_graph_task_id"),
+    ],
+)
+def test_a_release_without_a_private_name_is_refused_at_import_by_that_name(owner, name):
+    module, attribute = owner.rsplit(".", 1)
+    code = f"from {module} import {attribute} as owner; delattr(owner, {name!r}); import modeling_amvl"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode != 0
+    assert f"ImportError: This release of {owner.split('.')[0]} has no `" in finished.stderr
+    assert f"{attribute}.{name}`" in finished.stderr
+
+
+@pytest.mark.parametrize("version", ["5.22.2", "5.25.0", "4.57.6"])
+def test_a_release_outside_the_range_is_refused_at_import_with_the_range(version):
+    # As an old release would, without a name that the package imports.
+    code = (
+        "import sys, transformers.configuration_utils; del transformers.configuration_utils.SubConfigSpec\n"
+        f"sys.modules['transformers'].__version__ = {version!r}\nimport modeling_amvl"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode != 0
+    message = f"AMVL was tested with `transformers>=5.23.0,<5.25.0`, found {version}: run `pip install"
+    assert f"ImportError: {message}" in finished.stderr
+
+
+def test_ci_tests_the_latest_release_of_the_range_and_the_constraints_the_first():
+    minors = [
+        version.release[:2]
+        for version in map(Version, re.findall(r"transformers==(\d[\d.]+)", (ROOT / ".ci" / "run").read_text()))
+    ]
+    guard = bounds(transformers_range((ROOT / "modeling_amvl" / "configuration_amvl.py").read_text()))
+    ceiling = next(version for operator, version in guard if operator == "<")
+    assert minors == [(ceiling.major, ceiling.minor - 1)]
+    (pinned,) = re.findall(r"^transformers==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert (">=", Version(pinned)) in guard
+
+
 def test_the_version_guard_is_read_from_its_source():
     guard = transformers_range('X = 1\nTRANSFORMERS_FLOOR = "5.1.0"\nTRANSFORMERS_CEILING = "5.2"\n')
     assert bounds(guard) == bounds(SpecifierSet(">=5.1,<5.2.0")) != bounds(SpecifierSet(">=5.1,<5.3"))
