@@ -17,7 +17,7 @@ import threading
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -159,6 +159,18 @@ def thaw_cache(frozen):
     return cache
 
 
+def takes_back(backbone, cache):
+    """Whether an empty cache can give back its last tokens: it keeps all of them, and nothing but them."""
+    layer_classes = {cache.layer_class_to_replicate or DynamicLayer, *map(type, cache.layers)}
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and layer_classes == {DynamicLayer}
+        and cache.get_seq_length() == 0
+        and backbone.config.model_type not in CACHES_IMAGES
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and replacing what passes through the backbone
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +299,7 @@ def _refuse_reentrant(checkpoint_function):
 POSITIONS_FROM_PADDING_ID = ("kosmos-2", "kosmos-2.5")  # tokens count on from it, padding has it as its position
 ENCODED_IMAGES = {"kosmos-2": "image_embeds"}  # an output of the prompt that every later forward asks for
 REQUIRED_IN_TRAINING = {"molmo2": "mm_token_type_ids"}  # in later forwards too, for which it is left out
+CACHES_IMAGES = ("mllama",)  # keys of the image stand where other layers keep those of the tokens
 CROSS_ATTENDING = ("blip",)  # the decoder attends to the image, whose keys are no part of the prompt's cache
 
 
@@ -483,6 +496,15 @@ class SharedPrompt(_Prompt):
         return hidden, logits
 
 
+def no_outputs():
+    """Outputs of a forward that has not run, from which keyword arguments can be grown all the same."""
+    outputs = CausalLMOutputWithPast()
+    # Idefics reads one of them, the second since transformers 5.24.
+    outputs.image_hidden_states = None
+    outputs.image_outputs = BaseModelOutputWithPooling()
+    return outputs
+
+
 class RepeatedPrompt(_Prompt):
     """The reference: every continuation is one whole forward, with the images encoded once."""
 
@@ -491,10 +513,7 @@ class RepeatedPrompt(_Prompt):
         self.model_kwargs["use_cache"] = False
         if backbone._supports_mm_encoder_outputs() and "mm_encoder_outputs" not in self.model_kwargs:
             self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)
-        self.outputs = CausalLMOutputWithPast()
-        # Idefics reads one of them when it grows its keyword arguments, the second since transformers 5.24.
-        self.outputs.image_hidden_states = None
-        self.outputs.image_outputs = BaseModelOutputWithPooling()
+        self.outputs = no_outputs()
 
     def branch(self, ids, mask, latents=None, num_predicted=0):
         full_ids, model_kwargs = self._extended(self.outputs, ids, mask)

@@ -17,6 +17,8 @@ from .branching_amvl import (
     complete_inputs,
     extend_model_kwargs,
     keep_encoded_images,
+    no_outputs,
+    takes_back,
     tapped,
     without_checkpointing,
 )
@@ -65,16 +67,15 @@ class LatentDecoding:
         config = self.model.config
         return torch.full((num_rows, config.num_latents), config.latent_token_id, dtype=torch.long, device=device)
 
-    def choose(self, prompt, num_rows):
-        """The latents `(R, K, Z)` of this call: the given ones, or a sample of the prior."""
-        repeats = num_rows // self.num_rows
-        if self.latents is not None:
-            latents = self.latents.to(prompt.input_ids.device)
-            return latents if latents.shape[0] == num_rows else latents.repeat_interleave(repeats, dim=0)
-        placeholders = self.placeholders(num_rows, prompt.input_ids.device)
-        hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
+    def given_latents(self, num_rows, device):
+        """The latents that `generate` was given, for R rows: `(R, K, Z)`."""
+        repeats = num_rows // self.latents.shape[0]
+        return self.latents.to(device).repeat_interleave(repeats, dim=0)
+
+    def sample(self, hidden):
+        """A sample of the prior, `(R, K, Z)`, read off the hidden states `(R, K, D)` of the placeholders."""
         mean, log_variance = self.model.prior_head(hidden)
-        noise = None
+        num_rows, noise = hidden.shape[0], None
         if self.temperature != 0:
             rows = num_rows if self.noise_per_sequence else self.num_rows
             noise = draw_noise(mean, rows, self.generator).repeat_interleave(num_rows // rows, dim=0)
@@ -88,11 +89,23 @@ class LatentDecodingMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         decoding = self.latent_decoding
-        outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration)
-        keep_encoded_images(self, model_kwargs, outputs)
         cache = model_kwargs[CACHE_ARGUMENT]
-        prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
-        latents = decoding.choose(prompt, input_ids.shape[0])
+        placeholders = decoding.placeholders(input_ids.shape[0], input_ids.device)
+        reads_prior, hidden = decoding.latents is None, None
+        if reads_prior and generation_config.prefill_chunk_size is None and takes_back(self, cache):
+            # One forward less: the placeholders run behind the prompt and leave the cache again.
+            outputs, hidden = self._prefill_with(placeholders, input_ids, model_kwargs)
+            cache.crop(-placeholders.shape[1])
+        else:
+            outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        keep_encoded_images(self, model_kwargs, outputs)
+        if not reads_prior:
+            latents = decoding.given_latents(input_ids.shape[0], input_ids.device)
+        else:
+            if hidden is None:
+                prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
+                hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
+            latents = decoding.sample(hidden)
 
         num_latents = latents.shape[1]
         decoding.num_prompt_tokens = input_ids.shape[1]
@@ -110,6 +123,20 @@ class LatentDecodingMixin:
             outputs = self(**model_inputs, return_dict=True)
         decoding.decoded_latents = latents
         return outputs
+
+    def _prefill_with(self, placeholders, input_ids, model_kwargs):
+        """Runs the prompt and `placeholders` `(R, K)` into the cache; returns outputs and hidden states `(R, K, D)`."""
+        num_latents = placeholders.shape[1]
+        # As without a cache: with one, idefics keeps only what its next token needs.
+        whole = {**model_kwargs, "use_cache": False}
+        extended = extend_model_kwargs(self, whole, no_outputs(), input_ids.shape[1], num_latents)
+        extended["use_cache"] = True
+        ids = torch.cat([input_ids, placeholders], dim=1)
+        model_inputs = self.prepare_inputs_for_generation(ids, is_first_iteration=True, **extended)
+        model_inputs.pop("logits_to_keep", None)
+        with tapped(self, ids.shape, slice(-1, None)) as tap:
+            outputs = self(**model_inputs, return_dict=True)
+        return outputs, tap.hidden[:, -num_latents:]
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         decoding = self.latent_decoding

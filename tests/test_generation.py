@@ -406,6 +406,10 @@ def test_the_prompt_runs_once_and_each_token_after_it_once():
     layers = model.backbone.get_decoder().layers
     layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     model.generate(**prompts, max_new_tokens=4)
+    # The prior's placeholders run with the prompt, whose cache forgets them; one that cannot lets them run behind it.
+    assert lengths == [prompts["input_ids"].shape[1] + NUM_LATENTS, NUM_LATENTS, 1, 1, 1]
+    lengths.clear()
+    model.generate(**prompts, max_new_tokens=4, cache_implementation="static")
     assert lengths == [prompts["input_ids"].shape[1], NUM_LATENTS, NUM_LATENTS, 1, 1, 1]
     lengths.clear()
     model.generate(**prompts, latents=torch.zeros(3, NUM_LATENTS, LATENT_SIZE), max_new_tokens=4)
