@@ -12,16 +12,15 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .branching_amvl import (
-    CACHE_ARGUMENT,
     SharedPrompt,
     complete_inputs,
     extend_model_kwargs,
     keep_encoded_images,
     no_outputs,
-    takes_back,
     tapped,
     without_checkpointing,
 )
+from .cache_amvl import CACHE_ARGUMENT, takes_back
 from .latents_amvl import draw_noise, sample_latents
 
 

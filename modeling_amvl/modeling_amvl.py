@@ -7,7 +7,6 @@ is the prompt, y the answer, L are K placeholders and z their embeddings made fr
 Shapes: B batch, S sequence, P prompt, A answer, K latent slots, Z latent size, D model size, V vocabulary.
 """
 
-import inspect
 import os
 from dataclasses import dataclass
 
@@ -15,25 +14,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ModelOutput
 
-from .branching_amvl import CACHE_ARGUMENT, PLANS, output_embeddings
+from .branching_amvl import PLANS
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
 from .latents_amvl import GaussianHead, reset_projection, sample_latents, upcast
-
-
-# A table that has to grow does so to a multiple of this, the step in which matrix kernels are fast.
-EMBEDDING_ROWS_MULTIPLE = 64
-
-COMPILE_LAYERS = (
-    "Latents enter a backbone by hooks, which compiled code skips: compile its layers instead, `for layer in "
-    "model.backbone.get_decoder().layers: layer.compile()`."
+from .refusals_amvl import (
+    EMBEDDING_ROWS_MULTIPLE,
+    refuse_backbone,
+    refuse_compiled,
+    refuse_completion,
+    refuse_config,
+    refuse_model_type,
+    refuse_right_padding,
+    refuse_token,
 )
-
-# Families whose model is listed as one that answers about images in text, and predicts no next token.
-NO_NEXT_TOKEN = {"diffusion_gemma": "denoises a block of tokens at a time"}
 
 
 @dataclass
@@ -163,7 +159,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(model_or_id, (str, os.PathLike)):
             revision = {key: model_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_kwargs}
             backbone_config = AutoConfig.from_pretrained(model_or_id, **revision)
-            _refuse_config(backbone_config)
+            refuse_config(backbone_config)
             if latent_token_id is None:
                 latent_token_id = _first_free_id(model_or_id, revision)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
@@ -180,8 +176,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise TypeError(
                 f"`model_or_id` must be a transformers model, a Hub id or a local folder, got `{type(model_or_id).__name__}`."
             )
-        _refuse_compiled(backbone)
-        _refuse_backbone(backbone)
+        refuse_compiled(backbone)
+        refuse_backbone(backbone)
         num_rows = backbone.get_input_embeddings().weight.shape[0]
         latent_token_id = num_rows if latent_token_id is None else latent_token_id
         try:
@@ -199,7 +195,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(str(error.__cause__ or error)) from error
         # Not passed above: a new config would overwrite the attention implementation of every config inside it.
         config.backbone_config = backbone.config
-        _refuse_token(backbone, latent_token_id, num_rows)
+        refuse_token(backbone, latent_token_id, num_rows)
         _reserve_latent_token(backbone, latent_token_id, num_rows)
 
         training = backbone.training
@@ -234,7 +230,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             given = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
             model_type = cls.config_class.get_config_dict(config or name, **given)[0].get("model_type")
-        _refuse_model_type(model_type, name)
+        refuse_model_type(model_type, name)
         kwargs.setdefault("use_safetensors", True)
         wants_loading_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -325,7 +321,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         elif completion_ids is not None:
             completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
-            _refuse_completion(input_ids, completion_ids, completion_mask)
+            refuse_completion(input_ids, completion_ids, completion_mask)
             targets = completion_ids.masked_fill(completion_mask == 0, -100)
         prompt = self.read_prompt(input_ids, attention_mask, inputs)
         prior_mean, prior_log_variance = self._read_prior(prompt)
@@ -362,8 +358,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def read_prompt(self, input_ids, attention_mask, inputs):
         """The prompts of a step, ready to be continued, under the plan in use."""
-        _refuse_right_padding(attention_mask)
-        _refuse_compiled(self.backbone)
+        refuse_right_padding(attention_mask)
+        refuse_compiled(self.backbone)
         self.config.validate_latents()
         plan = self.auto_plan if self.config.multipass == "auto" else self.config.multipass
         return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
@@ -432,7 +428,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             [`LatentDistribution`]: `(B, K, Z)` each.
         """
         completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
-        _refuse_completion(input_ids, completion_ids, completion_mask)
+        refuse_completion(input_ids, completion_ids, completion_mask)
         prompt = self.read_prompt(input_ids, attention_mask, inputs)
         return LatentDistribution(*self._read_posterior(prompt, completion_ids, completion_mask))
 
@@ -453,7 +449,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `torch.Tensor`: `(B, A)`, in nats, 0 on padding; the sum over a row is log p(y | x, Z).
         """
         completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
-        _refuse_completion(input_ids, completion_ids, completion_mask)
+        refuse_completion(input_ids, completion_ids, completion_mask)
         if latents is not None:
             self._refuse_latents(latents, (input_ids.shape[0],))
         prompt = self.read_prompt(input_ids, attention_mask, inputs)
@@ -541,8 +537,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`input_ids` must be a tensor of shape (B, P), got {got}: pass what the processor returns."
             )
-        _refuse_right_padding(kwargs.get("attention_mask"))
-        _refuse_compiled(self.backbone)
+        refuse_right_padding(kwargs.get("attention_mask"))
+        refuse_compiled(self.backbone)
         self.config.validate_latents()
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         if temperature < 0:
@@ -651,86 +647,6 @@ def _reserve_latent_token(backbone, latent_token_id, num_rows):
         with torch.no_grad():
             for module in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
                 module.weight[num_rows:] = module.weight[:num_rows].float().mean(0).to(module.weight.dtype)
-
-
-def _refuse_model_type(model_type, name):
-    if model_type != AMVLConfig.model_type:
-        raise ValueError(
-            f"`{name}` holds a `{model_type}` model, not an `{AMVLConfig.model_type}` one: wrap it with "
-            "`AMVLForConditionalGeneration.from_backbone`."
-        )
-
-
-def _refuse_config(config):
-    name = f"`{config.model_type}`"
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder: its decoder reads no prompt that latents could follow.")
-    if config.model_type in NO_NEXT_TOKEN:
-        raise ValueError(
-            f"{name} {NO_NEXT_TOKEN[config.model_type]}: it predicts no next token, before which latents could stand."
-        )
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{name} is no image-text-to-text model of transformers: pass a vision-language model.")
-
-
-def _refuse_backbone(backbone):
-    if backbone.config.model_type == AMVLConfig.model_type:
-        raise ValueError("`model_or_id` is an AMVL model already: pass the stock model, `model.backbone`.")
-    _refuse_config(backbone.config)
-    name = f"`{type(backbone).__name__}`"
-    if not backbone.can_generate():
-        raise ValueError(f"{name} cannot generate text: pass a model with a language-modelling head.")
-    if output_embeddings(backbone) is None:
-        raise ValueError(f"{name} has no output embeddings, whose input the latents are read from.")
-    parameters = inspect.signature(backbone.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if CACHE_ARGUMENT not in parameters and not takes_any:
-        raise ValueError(f"{name} takes no `{CACHE_ARGUMENT}`, in which latents would live.")
-
-
-def _refuse_compiled(backbone):
-    if not isinstance(backbone, PreTrainedModel) or backbone._compiled_call_impl is not None:
-        raise ValueError(f"`backbone` is a compiled `{type(backbone).__name__}`. {COMPILE_LAYERS}")
-
-
-def _refuse_token(backbone, latent_token_id, num_rows):
-    if latent_token_id > num_rows + EMBEDDING_ROWS_MULTIPLE:
-        raise ValueError(
-            f"`latent_token_id` is {latent_token_id}, but the embedding table has {num_rows} rows: take a row of it, or "
-            "the next one."
-        )
-    for config in (backbone.config, backbone.config.get_text_config(decoder=True)):
-        for key, value in config.to_dict().items():
-            if key.endswith(("token_id", "token_index")) and latent_token_id in (
-                value if isinstance(value, list) else [value]
-            ):
-                raise ValueError(
-                    f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own."
-                )
-
-
-def _refuse_right_padding(attention_mask):
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError(
-            "`attention_mask` ends with 0 in some row: prompts must be left-padded (`padding_side='left'`), as an "
-            "`AMVLProcessor` does."
-        )
-
-
-def _refuse_completion(input_ids, completion_ids, completion_mask):
-    if completion_ids.ndim != 2 or completion_ids.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"`completion_ids` must be of shape ({input_ids.shape[0]}, A), got {tuple(completion_ids.shape)}."
-        )
-    if completion_mask.shape != completion_ids.shape:
-        raise ValueError(
-            f"`completion_mask` {tuple(completion_mask.shape)} must have the shape of `completion_ids` "
-            f"{tuple(completion_ids.shape)}."
-        )
-    if completion_ids.shape[1] == 0 or not (completion_mask[:, 0] == 1).all():
-        raise ValueError("`completion_mask` must start with 1 in every row: answers are right-padded and not empty.")
-    if (completion_mask[:, 1:] > completion_mask[:, :-1]).any():
-        raise ValueError("`completion_mask` must be 1s followed by 0s: answers are right-padded.")
 
 
 AMVLConfig.register_for_auto_class()

@@ -23,10 +23,13 @@ from trainer.demo import build_tiny_backbone
 REPOSITORY = Path(__file__).resolve().parents[1]
 CODE = {
     "branching_amvl.py",
+    "cache_amvl.py",
     "configuration_amvl.py",
+    "families_amvl.py",
     "generation_amvl.py",
     "latents_amvl.py",
     "modeling_amvl.py",
+    "refusals_amvl.py",
 }
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 ROWS = [Row(seed=0, num_images=2, num_words=4), Row(seed=1), Row(seed=2, num_words=3)]

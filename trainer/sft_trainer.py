@@ -18,7 +18,7 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from .collator import AMVLDataCollator
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
-from .self_test import self_test
+from .selftest import self_test
 from .sft_config import AMVLSFTConfig
 
 

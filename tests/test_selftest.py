@@ -6,7 +6,7 @@ from families import CORE_FAMILIES, SPARE_ROWS, Row, build_backbone, make_answer
 from planted_errors import PLANTED, plant_bidirectional_attention
 
 from modeling_amvl import AMVLForConditionalGeneration, branching_amvl
-from trainer.self_test import self_test
+from trainer.selftest import self_test
 
 
 ROWS = [Row(seed=0, num_words=5), Row(seed=1, num_words=9), Row(seed=2, num_words=3)]
