@@ -53,6 +53,10 @@ class _FrozenLayer:
             state.update(frozen, _frozen=frozen, _pass=current_pass)
         return object.__getattribute__(self, name)
 
+    def __deepcopy__(self, memo):
+        # inkling2_loop copies the empty layers that it runs several times.
+        return _freeze(copy.deepcopy(_thaw(self), memo))
+
     def rewind(self):
         """Forgets what this pass added; checkpointed layers hold on to the cache until they have run again."""
         state = vars(self)

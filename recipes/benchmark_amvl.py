@@ -592,7 +592,12 @@ def measure_import(arguments):
         own, _, name = (word.strip() for word in line.removeprefix("import time:").split("|"))
         modules[name] = int(own) / 1e6
     alone, stock, added = (list(column) for column in zip(*seconds))
-    return {"alone": alone, "stock": stock, "added": added, "modules": dict(sorted(modules.items(), key=lambda item: -item[1]))}
+    return {
+        "alone": alone,
+        "stock": stock,
+        "added": added,
+        "modules": dict(sorted(modules.items(), key=lambda item: -item[1])),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

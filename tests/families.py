@@ -4,7 +4,8 @@
     inputs = make_prompts("llava", [Row(seed=0), Row(seed=1, num_images=2, num_words=5)])
 
 Rows are data: the same `Row` is the same prompt in any batch, alone or among others, so a batch can be compared with
-what each of its rows gives alone. What differs between families is in tests/family_data.py.
+what each of its rows gives alone. What differs between families is in tests/family_data.py; `FAMILIES` are those that
+the installed release of transformers maps.
 
 Shapes: B batch, P prompt, A answer, N images of the batch, M images of its fullest row, G patches along a side.
 """
@@ -41,6 +42,7 @@ from family_data import (
     VOCAB_SIZE,
     WORDS,
 )
+from packaging.version import Version
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -55,6 +57,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 
 __all__ = [
+    "ALL_FAMILIES",
     "BOS",
     "CORE_FAMILIES",
     "EOS",
@@ -101,6 +104,7 @@ class Family:
 
     Args:
         name (`str`): a key of transformers' mapping of image-text-to-text models.
+        since (`str`): the first release that maps it, of those that AMVL supports.
         overrides (`dict`): what its tiny configuration has beside tiny sizes; a dotted key is a path.
         image_tokens (`list[int]`): the tokens of one image in a prompt.
         image_inputs (`str`): the form of its images, a function of this file.
@@ -115,9 +119,11 @@ class Family:
         place_matters (`str`): why a row differs with its place in the batch, likewise; by little.
         training_matters (`str`): why the training mode changes a row, likewise.
         refused (`str`): why AMVL refuses it, which leaves it without prompts here; empty if it does not.
+        broken (`dict[str, str]`): why its stock forward fails, by release; in backticks the attribute that it misses.
     """
 
     name: str
+    since: str = "5.23"
     overrides: dict = field(default_factory=dict)
     image_tokens: list[int] = field(default_factory=lambda: [START, *[IMAGE] * 4, END])
     image_inputs: str = "pixels"
@@ -132,6 +138,16 @@ class Family:
     place_matters: str = ""
     training_matters: str = ""
     refused: str = ""
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def is_in(self, release):
+        """Whether a release of transformers maps it."""
+        return Version(self.since).release <= Version(release).release
+
+    @property
+    def broken_here(self):
+        """Why the stock forward of the installed release fails; empty if it does not."""
+        return self.broken.get(RELEASE, "")
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
@@ -144,7 +160,9 @@ class Family:
         return config_class(**sizes)
 
 
-FAMILIES = {name: Family(name, **data) for name, data in FAMILY_DATA.items()}
+RELEASE = ".".join(transformers.__version__.split(".")[:2])
+ALL_FAMILIES = {name: Family(name, **data) for name, data in FAMILY_DATA.items()}
+FAMILIES = {name: family for name, family in ALL_FAMILIES.items() if family.is_in(RELEASE)}
 CORE_FAMILIES = ("qwen2_5_vl", "smolvlm", "llava")
 
 

@@ -1,4 +1,4 @@
-"""What each of the 97 vision-language families needs to be tiny, and what its processor makes of a prompt: data only.
+"""What each vision-language family needs to be tiny, and what its processor makes of a prompt: data only.
 
 `tests/families.py` reads it: a family's default configuration shrinks to the sizes of `TEXT`, `VISION` and their like,
 then takes the family's `overrides`. An image is `(3, IMAGE_SIZE, IMAGE_SIZE)`, a grid of 4 x 4 patches, and most
@@ -12,7 +12,7 @@ PAD, BOS, EOS = 0, 1, 2
 WORDS = range(3, 100)
 SPARE_ROWS = range(100, 126)  # rows of the embedding table that no token uses
 UNUSED, START, END = 127, 128, 129  # of special tokens that no prompt has; around an image
-CODES = range(130, 140)  # of an image in the vocabularies of chameleon and emu3
+CODES = range(130, 140)  # of an image in the vocabularies of apertus1p5, chameleon and emu3
 IMAGE, VIDEO, AUDIO = 150, 151, 152
 IMAGE_SIZE, PATCH_SIZE = 28, 7
 
@@ -92,6 +92,7 @@ TEXT_ALIASES = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
     "topk_group": 1,
+    "unpadded_vocab_size": VOCAB_SIZE,
     "v_head_dim": 16,
     "vocab_size_per_layer_input": VOCAB_SIZE,
 }
@@ -159,6 +160,33 @@ ENCODER_DECODER = "AMVL reads decoder-only models: the prompt of an encoder-deco
 
 # Fields of each family; see `Family` in tests/families.py.
 FAMILY_DATA = {
+    "apertus1p5": dict(
+        since="5.24",
+        overrides={
+            "image_token_offset": CODES.start,
+            "vision_config": {
+                "codebook_size": len(CODES),
+                "base_channels": 32,
+                "embed_dim": 16,
+                "latent_channels": 16,
+                "channel_multiplier": [1, 1, 1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+            },
+            "audio_token_offset": CODES.stop,
+            "audio_config": {
+                "model_type": "wavtokenizer_encoder",
+                "codebook_size": 10,
+                "codebook_dim": 32,
+                "hidden_size": 32,
+                "num_filters": 8,
+                "upsampling_ratios": [2, 2],
+            },
+        },
+        image_inputs="sized_pixels",
+        # Around the image, its size in words and the token after it; between its three rows, the end of a line.
+        image_tokens=[START, *WORDS[:3], UNUSED, *([IMAGE] * 3 + [UNUSED]) * 2, *[IMAGE] * 3, END],
+    ),
     "aria": dict(
         overrides={"projector_patch_to_query_dict": {16: 4}}, image_inputs="masked_pixels", image_tokens=[IMAGE] * 4
     ),
@@ -380,6 +408,17 @@ FAMILY_DATA = {
         token_types=MM_TYPES,
         place_matters="the fourth axis of its positions numbers the images of the batch, not those of the row",
     ),
+    "hy_v4_vl": dict(
+        since="5.24",
+        overrides={
+            "text_config.rope_parameters": MROPE,
+            "text_config.indexer_types": ["full", "shared"] * 2,
+            "vision_config.max_image_size": 2 * IMAGE_SIZE,
+        },
+        image_inputs="patches",
+        image_tokens=_around(6),
+        token_types=MM_TYPES,
+    ),
     "hyperclovax_vision_v2": dict(image_inputs="patch_pairs"),
     "idefics": dict(image_inputs="idefics", image_tokens=[START, IMAGE, START], blank_images=True),
     "idefics2": dict(
@@ -389,6 +428,16 @@ FAMILY_DATA = {
     ),
     "idefics3": dict(image_inputs="pixels_of_rows", image_tokens=[START, *[IMAGE] * 4, START]),
     "inkling2": dict(image_inputs="inkling2"),
+    "inkling2_loop": dict(
+        since="5.24",
+        overrides={
+            "text_config.n_layers_per_attn_res_block": 1,
+            "text_config.loop_layer_index_start": 1,
+            "text_config.loop_layer_index_end": 3,
+            "text_config.loop_gate_rank": 16,
+        },
+        image_inputs="inkling2",
+    ),
     "inkling_mm_model": dict(overrides={"vision_config.patch_size": IMAGE_SIZE // 2}, image_inputs="inkling"),
     "instructblip": dict(
         overrides={"image_token_index": IMAGE, "qformer_config.vocab_size": VOCAB_SIZE},
@@ -425,7 +474,10 @@ FAMILY_DATA = {
         overrides={"latent_query_num": 4, "vision_config.patch_embed_hidden_size": 3 * PATCH_SIZE**2},
         image_inputs="kosmos_2_5",
     ),
-    "lfm2_vl": dict(image_inputs="lfm2_vl"),
+    "lfm2_vl": dict(
+        overrides={"text_config.layer_types": ["conv", "full_attention"] * 2},
+        image_inputs="lfm2_vl",
+    ),
     "lfm3_vl": dict(image_inputs="patch_pairs"),
     "lighton_ocr": dict(image_inputs="sized_pixels", image_tokens=[IMAGE] * 4),
     "llama4": dict(
@@ -433,7 +485,8 @@ FAMILY_DATA = {
             "vision_config.intermediate_size": 128,
             "vision_config.projector_input_dim": 64,
             "vision_config.projector_output_dim": 64,
-        }
+        },
+        broken={"5.24": "its forward reads `image_outputs`, which the outputs of its language model do not have"},
     ),
     "llava": dict(image_tokens=[IMAGE] * 16),
     "llava_next": dict(overrides=PINPOINTS, image_inputs="tiles", image_tokens=[IMAGE] * 52),

@@ -1,5 +1,7 @@
 """The self-test of a run's first batch: silent where both plans agree, and by name about what it finds where not."""
 
+import functools
+
 import pytest
 import torch
 from families import CORE_FAMILIES, SPARE_ROWS, Row, build_backbone, make_answers, make_prompts
@@ -80,6 +82,24 @@ def test_rounding_in_half_precision_is_no_disagreement(family):
     assert report.failed == report.full_failed == []
     assert max(report.differences.values()) > 1e-4  # there was some
     assert report.tolerances["gradient"] < 0.5
+
+
+@families
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
+def test_half_precision_is_seen_behind_logits_that_are_cast_up(family, weights):
+    model = build_model(family, weights)
+    native = model.backbone.forward
+
+    def forward(*args, **kwargs):
+        outputs = native(*args, **kwargs)
+        outputs.logits = outputs.logits.float()
+        return outputs
+
+    model.backbone.forward = functools.wraps(native)(forward)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
+        report = self_test(model, make_batch(family, weights))
+    assert report.failed == report.full_failed == []
+    assert min(report.tolerances.values()) >= 5e-3
 
 
 @families

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from modeling_amvl.branching_amvl import output_embeddings
+
 
 # Between two orders of the same arithmetic. Beyond that a difference is allowed that rounding alone makes: this many times
 # what the last binary digit of the token embeddings does to the result. In half precision an error may hide in it.
@@ -114,7 +116,7 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
     given_plan, read_prompt = model.config.multipass, model.read_prompt
     length = inputs["input_ids"].shape[1]
     with_gradient = torch.is_grad_enabled()
-    embedded, snapshots = [], []
+    embedded, snapshots, dtypes = [], [], []
     if other_last_token:
         ids = inputs["completion_ids"].clone()
         ids[:, -1] = inputs["input_ids"][:, -1]  # some token that is no image; where it is the same, nothing is tested
@@ -139,7 +141,13 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
             snapshots.append((made.cache, _snapshot(made.cache)))
         return made
 
-    hook = model.get_input_embeddings().register_forward_hook(embed)
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(embed),
+        # What the head gives, before a model casts it up: under autocast no weight shows the type.
+        output_embeddings(model.backbone).register_forward_hook(
+            lambda module, args, output: dtypes.append(output.dtype)
+        ),
+    ]
     model.config.multipass, model.read_prompt = plan, prompt
     torch.manual_seed(0)
     try:
@@ -147,7 +155,8 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
     finally:
         model.config.multipass = given_plan
         del model.read_prompt
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     results = {
         "loss": outputs["loss"],
         "prior": torch.cat([outputs["prior_mean"], outputs["prior_log_variance"]]),
@@ -164,7 +173,7 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
         results["gradient"] = sum(gradient[:, :length].double() for gradient in gradients)
     if any(not _unchanged(cache, before) for cache, before in snapshots):
         watch.append("the prompt's cache is not the same after its branches as before")
-    return {name: value.detach() for name, value in results.items()}, outputs["logits"].dtype
+    return {name: value.detach() for name, value in results.items()}, dtypes[-1]
 
 
 def _relative(got, expected):

@@ -284,7 +284,7 @@ class AMVLSFTTrainer(SFTTrainer):
                 "say; `self_test=False` trains all the same."
             )
         if not failed:
-            logger.info("Self-test passed in %.1f s: %s.", report.seconds, report)
+            self.accelerator.print(f"Self-test passed in {report.seconds:.1f} s: {report}.")
         elif asked == "shared":
             raise ValueError(
                 f"The shared plan does not give what three full forwards give on {name}: {failed}. Set `multipass='full'` "
