@@ -20,7 +20,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from .cache_amvl import CACHE_ARGUMENT, differentiable_cache, freeze_cache, thaw_cache
+from .cache_amvl import CACHE_ARGUMENT, differentiable_cache, freeze_cache, takes_back, thaw_cache
 from .families_amvl import ENCODED_IMAGES, POSITIONS_FROM_PADDING_ID, REQUIRED_IN_TRAINING
 
 
@@ -260,8 +260,55 @@ def keep_encoded_images(backbone, model_kwargs, outputs):
         model_kwargs[encoded] = outputs[encoded]
 
 
+def no_outputs():
+    """Outputs of a forward that has not run, from which keyword arguments can be grown all the same."""
+    outputs = CausalLMOutputWithPast()
+    # Idefics reads one of them, the second since transformers 5.24.
+    outputs.image_hidden_states = None
+    outputs.image_outputs = BaseModelOutputWithPooling()
+    return outputs
+
+
+def run_prompt(backbone, input_ids, model_kwargs, placeholders=None):
+    """
+    Runs a prompt into the cache of `model_kwargs`, and with it what is to stand behind it.
+
+    Args:
+        backbone (`PreTrainedModel`): the stock model.
+        input_ids (`torch.LongTensor`): `(B, P)`.
+        model_kwargs (`dict`): of the prompt, with an empty cache.
+        placeholders (`torch.LongTensor`, *optional*): `(B, K)`, tokens that the cache has to give back afterwards.
+
+    Returns:
+        `tuple`: the outputs, with the logits `(B, 1, V)` of the prompt's last token, and the hidden states `(B, K, D)` of
+        the placeholders or `None`.
+    """
+    length = input_ids.shape[1]
+    if placeholders is not None:
+        # Grown as without a cache: with one, idefics keeps only what its next token needs.
+        whole = {**model_kwargs, "use_cache": False}
+        model_kwargs = extend_model_kwargs(backbone, whole, no_outputs(), length, placeholders.shape[1])
+        input_ids = torch.cat([input_ids, placeholders], dim=1)
+    model_kwargs = {**model_kwargs, "use_cache": True}
+    model_inputs = backbone.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    complete_inputs(backbone, input_ids, model_kwargs, model_inputs)
+    model_inputs.pop("logits_to_keep", None)  # the tap keeps the position itself
+    with tapped(backbone, input_ids.shape, slice(length - 1, length)) as tap, _cache_under_checkpointing(backbone):
+        outputs = backbone(**model_inputs, return_dict=True)
+    return outputs, None if placeholders is None else tap.hidden[:, length:]
+
+
 class _Prompt:
-    """A prompt that can be continued; the two subclasses differ in what they run again."""
+    """
+    A prompt that can be continued; the two subclasses differ in what they run again.
+
+    Args:
+        backbone (`PreTrainedModel`): the stock model.
+        input_ids (`torch.LongTensor`): `(B, P)`, left-padded.
+        inputs (`dict`): the backbone's other inputs.
+        placeholders (`torch.LongTensor`, *optional*): `(B, K)` that a branch will ask for; where they can run with the
+            prompt, `hidden` has their hidden states `(B, K, D)`, else `None`.
+    """
 
     def __init__(self, backbone, input_ids, inputs):
         self.backbone = backbone
@@ -295,20 +342,19 @@ class _Prompt:
 class SharedPrompt(_Prompt):
     """The prompt runs once into a differentiable cache; each branch is a short forward that reads it."""
 
-    def __init__(self, backbone, input_ids, inputs):
+    def __init__(self, backbone, input_ids, inputs, placeholders=None):
         super().__init__(backbone, input_ids, inputs)
-        cache = freeze_cache(DynamicCache(config=backbone.config.get_text_config(decoder=True)))
+        cache = DynamicCache(config=backbone.config.get_text_config(decoder=True))
+        if not takes_back(backbone, cache):
+            placeholders = None
+        cache = freeze_cache(cache)
+        model_kwargs = {**self.model_kwargs, CACHE_ARGUMENT: differentiable_cache(backbone, cache)}
+        self.outputs, self.hidden = run_prompt(backbone, input_ids, model_kwargs, placeholders)
         self.model_kwargs["use_cache"] = True
-        model_inputs = backbone.prepare_inputs_for_generation(
-            input_ids,
-            is_first_iteration=True,
-            **{**self.model_kwargs, CACHE_ARGUMENT: differentiable_cache(backbone, cache)},
-        )
-        complete_inputs(backbone, input_ids, self.model_kwargs, model_inputs)
-        with tapped(backbone, input_ids.shape, slice(-1, None)), _cache_under_checkpointing(backbone):
-            self.outputs = backbone(**model_inputs, return_dict=True)
         keep_encoded_images(backbone, self.model_kwargs, self.outputs)
         self.cache = thaw_cache(cache)
+        if placeholders is not None:
+            self.cache.crop(-placeholders.shape[1])
         self.last_logits = self.outputs.logits  # (B, 1, V)
 
     @classmethod
@@ -319,7 +365,7 @@ class SharedPrompt(_Prompt):
         prompt.model_kwargs = {key: value for key, value in model_kwargs.items() if key != "logits_to_keep"}
         if prompt.model_kwargs.get("attention_mask") is None:
             prompt.model_kwargs["attention_mask"] = torch.ones_like(input_ids)
-        prompt.outputs, prompt.cache = outputs, cache
+        prompt.outputs, prompt.cache, prompt.hidden = outputs, cache, None
         prompt.last_logits = outputs.logits[:, -1:]
         return prompt
 
@@ -349,20 +395,12 @@ class SharedPrompt(_Prompt):
         return hidden, logits
 
 
-def no_outputs():
-    """Outputs of a forward that has not run, from which keyword arguments can be grown all the same."""
-    outputs = CausalLMOutputWithPast()
-    # Idefics reads one of them, the second since transformers 5.24.
-    outputs.image_hidden_states = None
-    outputs.image_outputs = BaseModelOutputWithPooling()
-    return outputs
-
-
 class RepeatedPrompt(_Prompt):
     """The reference: every continuation is one whole forward, with the images encoded once."""
 
-    def __init__(self, backbone, input_ids, inputs):
+    def __init__(self, backbone, input_ids, inputs, placeholders=None):
         super().__init__(backbone, input_ids, inputs)
+        self.hidden = None
         self.model_kwargs["use_cache"] = False
         if backbone._supports_mm_encoder_outputs() and "mm_encoder_outputs" not in self.model_kwargs:
             self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)

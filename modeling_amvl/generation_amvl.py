@@ -16,7 +16,7 @@ from .branching_amvl import (
     complete_inputs,
     extend_model_kwargs,
     keep_encoded_images,
-    no_outputs,
+    run_prompt,
     tapped,
     without_checkpointing,
 )
@@ -93,7 +93,7 @@ class LatentDecodingMixin:
         reads_prior, hidden = decoding.latents is None, None
         if reads_prior and generation_config.prefill_chunk_size is None and takes_back(self, cache):
             # One forward less: the placeholders run behind the prompt and leave the cache again.
-            outputs, hidden = self._prefill_with(placeholders, input_ids, model_kwargs)
+            outputs, hidden = run_prompt(self, input_ids, model_kwargs, placeholders)
             cache.crop(-placeholders.shape[1])
         else:
             outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -122,20 +122,6 @@ class LatentDecodingMixin:
             outputs = self(**model_inputs, return_dict=True)
         decoding.decoded_latents = latents
         return outputs
-
-    def _prefill_with(self, placeholders, input_ids, model_kwargs):
-        """Runs the prompt and `placeholders` `(R, K)` into the cache; returns outputs and hidden states `(R, K, D)`."""
-        num_latents = placeholders.shape[1]
-        # As without a cache: with one, idefics keeps only what its next token needs.
-        whole = {**model_kwargs, "use_cache": False}
-        extended = extend_model_kwargs(self, whole, no_outputs(), input_ids.shape[1], num_latents)
-        extended["use_cache"] = True
-        ids = torch.cat([input_ids, placeholders], dim=1)
-        model_inputs = self.prepare_inputs_for_generation(ids, is_first_iteration=True, **extended)
-        model_inputs.pop("logits_to_keep", None)
-        with tapped(self, ids.shape, slice(-1, None)) as tap:
-            outputs = self(**model_inputs, return_dict=True)
-        return outputs, tap.hidden[:, -num_latents:]
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         decoding = self.latent_decoding

@@ -323,7 +323,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
             refuse_completion(input_ids, completion_ids, completion_mask)
             targets = completion_ids.masked_fill(completion_mask == 0, -100)
-        prompt = self.read_prompt(input_ids, attention_mask, inputs)
+        prompt = self.read_prompt(input_ids, attention_mask, inputs, with_prior=True)
         prior_mean, prior_log_variance = self._read_prior(prompt)
         output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
         if completion_ids is None:
@@ -356,27 +356,29 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """What enters the decoder, `(B, K, D)`, of latents `(B, K, Z)`."""
         return self.latent_projection(latents.to(self.latent_projection.weight.dtype))
 
-    def read_prompt(self, input_ids, attention_mask, inputs):
-        """The prompts of a step, ready to be continued, under the plan in use."""
+    def read_prompt(self, input_ids, attention_mask, inputs, with_prior=False):
+        """The prompts of a step, ready to be continued, under the plan in use; where it can, with the prior's slots."""
         refuse_right_padding(attention_mask)
         refuse_compiled(self.backbone)
         self.config.validate_latents()
         plan = self.auto_plan if self.config.multipass == "auto" else self.config.multipass
-        return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs})
+        placeholders = self._placeholders(input_ids) if with_prior else None
+        return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs}, placeholders)
 
-    def _placeholders(self, prompt):
-        shape = (prompt.input_ids.shape[0], self.config.num_latents)
-        return prompt.input_ids.new_full(shape, self.config.latent_token_id)  # (B, K)
+    def _placeholders(self, input_ids):
+        return input_ids.new_full((input_ids.shape[0], self.config.num_latents), self.config.latent_token_id)  # (B, K)
 
     def _read_prior(self, prompt):
-        placeholders = self._placeholders(prompt)
-        hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
+        hidden = prompt.hidden
+        if hidden is None:
+            placeholders = self._placeholders(prompt.input_ids)
+            hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
         return self.prior_head(hidden)
 
     def _read_posterior(self, prompt, completion_ids, completion_mask):
         # The placeholders stand right behind each row's own last token, [y_i, L, padding]: with padding in between,
         # sliding windows, convolutions and recurrent states would read it.
-        placeholders = self._placeholders(prompt)
+        placeholders = self._placeholders(prompt.input_ids)
         num_rows, num_latents = placeholders.shape
         lengths = completion_mask.sum(1, keepdim=True).long()  # (B, 1)
         slots = lengths + torch.arange(num_latents, device=lengths.device)  # (B, K)
@@ -390,7 +392,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_answer = completion_ids.shape[1]
         if embedded is None:
             return prompt.branch(completion_ids, completion_mask, num_predicted=num_answer)[1]
-        placeholders = self._placeholders(prompt)
+        placeholders = self._placeholders(prompt.input_ids)
         ids = torch.cat([placeholders, completion_ids], dim=1)
         mask = torch.cat([torch.ones_like(placeholders, dtype=completion_mask.dtype), completion_mask], dim=1)
         return prompt.branch(ids, mask, embedded, num_predicted=num_answer)[1]
@@ -411,7 +413,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             [`LatentDistribution`]: `(B, K, Z)` each.
         """
-        return LatentDistribution(*self._read_prior(self.read_prompt(input_ids, attention_mask, inputs)))
+        return LatentDistribution(
+            *self._read_prior(self.read_prompt(input_ids, attention_mask, inputs, with_prior=True))
+        )
 
     def posterior(self, input_ids, completion_ids, attention_mask=None, completion_mask=None, **inputs):
         """

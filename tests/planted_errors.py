@@ -61,6 +61,6 @@ def plant_bidirectional_attention(monkeypatch):
 # What the self-test says of each error in the shared plan.
 PLANTED = {
     "leak": (plant_leak, "cache is not the same after its branches"),
-    "shifted": (plant_shifted_positions, "the prior differs by"),
+    "shifted": (plant_shifted_positions, "the posterior differs by"),
     "skipped": (plant_skipped_injection, "the gradient differs by"),
 }

@@ -1247,5 +1247,5 @@ def test_an_evaluation_before_training_is_self_tested_too(make_trainer, held_out
     plant_shifted_positions(monkeypatch)
     trainer = make_trainer(self_test=True, eval_dataset=held_out)
     trainer.evaluate()
-    assert "the prior differs by" in caplog.text and "gradient" not in caplog.text
+    assert "the posterior differs by" in caplog.text and "gradient" not in caplog.text
     assert trainer.model.auto_plan == "full"

@@ -135,8 +135,8 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
             embedded.append(leaf)
             return leaf.clone()  # some models write the images into it in place
 
-    def prompt(*args):
-        made = read_prompt(*args)
+    def prompt(*args, **kwargs):
+        made = read_prompt(*args, **kwargs)
         if watch is not None:
             snapshots.append((made.cache, _snapshot(made.cache)))
         return made
