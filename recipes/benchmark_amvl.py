@@ -2,7 +2,7 @@
 
 Offline, random weights of Qwen2.5-VL's architecture; the default is a model of 5.5M parameters on the CPU:
 
-    python recipes/benchmark_amvl.py --markdown benchmark.md --json benchmark.json
+    python recipes/benchmark_amvl.py --markdown recipes/BENCHMARKS.md
 
 The real shape on one GPU of 80 GB, in one process:
 
@@ -823,8 +823,12 @@ def main(arguments):
     tables, facts = tables_of(results), facts_line(results["machine"])
     print("\n".join([facts, "", *(render(table, markdown=False) for table in tables)]))
     if arguments.markdown is not None:
-        text = "\n".join([facts.replace("\n", "; ") + "\n", *(render(table, markdown=True) for table in tables)])
-        Path(arguments.markdown).write_text(text)
+        command = " ".join(["python recipes/benchmark_amvl.py", *sys.argv[1:]])
+        head = f"# What AMVL costs\n\nPrinted by `{command}`, whose docstring says what is compared.\n"
+        facts = facts.replace("\n", "; ") + "\n"
+        Path(arguments.markdown).write_text(
+            "\n".join([head, facts, *(render(table, markdown=True) for table in tables)])
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from families import (
 )
 from reference import reference_step
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_amvl import AMVLForConditionalGeneration
 
@@ -160,9 +161,16 @@ def checkpointed(family):
     """The shared plan with every decoder layer recomputed in the backward pass, against itself without."""
     rows = readable_batches(family)[0]
     model = build_model(family).train()
-    expected = step(model, family, rows, "shared")
+    calls = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for part in layer.children():
+                part.register_forward_pre_hook(lambda module, args: calls.append(1))
+    expected, num_calls = step(model, family, rows, "shared"), len(calls)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return worst(step(model, family, rows, "shared"), expected)
+    got = step(model, family, rows, "shared")
+    assert len(calls) - num_calls > num_calls, "No layer ran again in the backward pass."
+    return worst(got, expected)
 
 
 def exact_in_float64(family):
