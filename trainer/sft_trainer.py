@@ -263,21 +263,23 @@ class AMVLSFTTrainer(SFTTrainer):
         model = amvl_model(self.model)
         name = f"`{type(model.backbone).__name__}`"
         asked = model.config.multipass
+        unchecked = full_failed = failed = ""
         try:
             report = self_test(model, inputs, forward=self.model)
+            full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
         except Exception as error:  # of the full plan, out of memory most likely, which the run itself may not need
+            unchecked = f"{type(error).__name__}: {error}"
+        if self.args.world_size > 1:  # every process has to take the same plan
+            found = [None] * self.args.world_size
+            torch.distributed.all_gather_object(found, (unchecked, full_failed, failed))
+            unchecked, full_failed, failed = ("; ".join(filter(None, messages)) for messages in zip(*found))
+        if unchecked:
             logger.warning(
-                "The self-test could not run three full forwards, so that the plan in use goes on unchecked: %s: %s. Try a "
+                "The self-test could not run three full forwards, so that the plan in use goes on unchecked: %s. Try a "
                 "smaller `per_device_train_batch_size`, or set `self_test=False`.",
-                type(error).__name__,
-                error,
+                unchecked,
             )
             return
-        full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
-        if self.args.world_size > 1:  # every process has to take the same plan
-            reports = [None] * self.args.world_size
-            torch.distributed.all_gather_object(reports, (full_failed, failed))
-            full_failed, failed = ("; ".join(filter(None, found)) for found in zip(*reports))
         if full_failed:
             raise ValueError(
                 f"{name} cannot be trained as it is set up here: {full_failed}. Set another `attn_implementation`, `sdpa` "
