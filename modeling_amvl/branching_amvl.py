@@ -310,6 +310,8 @@ class _Prompt:
             prompt, `hidden` has their hidden states `(B, K, D)`, else `None`.
     """
 
+    hidden = None
+
     def __init__(self, backbone, input_ids, inputs):
         self.backbone = backbone
         self.input_ids = input_ids
@@ -365,7 +367,7 @@ class SharedPrompt(_Prompt):
         prompt.model_kwargs = {key: value for key, value in model_kwargs.items() if key != "logits_to_keep"}
         if prompt.model_kwargs.get("attention_mask") is None:
             prompt.model_kwargs["attention_mask"] = torch.ones_like(input_ids)
-        prompt.outputs, prompt.cache, prompt.hidden = outputs, cache, None
+        prompt.outputs, prompt.cache = outputs, cache
         prompt.last_logits = outputs.logits[:, -1:]
         return prompt
 
@@ -400,7 +402,6 @@ class RepeatedPrompt(_Prompt):
 
     def __init__(self, backbone, input_ids, inputs, placeholders=None):
         super().__init__(backbone, input_ids, inputs)
-        self.hidden = None
         self.model_kwargs["use_cache"] = False
         if backbone._supports_mm_encoder_outputs() and "mm_encoder_outputs" not in self.model_kwargs:
             self.model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(self.model_kwargs)

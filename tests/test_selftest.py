@@ -8,24 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CORE_FAMILIES, SPARE_ROWS, Row, build_backbone, make_answers, make_prompts
+from families import CORE_FAMILIES, make_answers, make_prompts
+from family_matrix import BATCHES, build_model
 from planted_errors import PLANTED, plant_bidirectional_attention
 
-from modeling_amvl import AMVLForConditionalGeneration, branching_amvl
+from modeling_amvl import branching_amvl
 from trainer.selftest import self_test
 
 
-ROWS = [Row(seed=0, num_words=5), Row(seed=1, num_words=9), Row(seed=2, num_words=3)]
+ROWS = BATCHES[0]
 TESTS = Path(__file__).resolve().parent
 families = pytest.mark.parametrize("family", CORE_FAMILIES)
 planted = pytest.mark.parametrize(("plant", "message"), PLANTED.values(), ids=PLANTED)
-
-
-def build_model(family, dtype=torch.float32):
-    torch.manual_seed(0)
-    return AMVLForConditionalGeneration.from_backbone(
-        build_backbone(family, dtype), num_latents=3, latent_size=8, latent_token_id=SPARE_ROWS.start
-    )
 
 
 def make_batch(family, dtype=torch.float32):
@@ -83,7 +77,7 @@ def test_without_gradients_it_compares_no_gradient(family):
 
 @families
 def test_rounding_in_half_precision_is_no_disagreement(family):
-    report = self_test(build_model(family, torch.bfloat16), make_batch(family, torch.bfloat16))
+    report = self_test(build_model(family, dtype=torch.bfloat16), make_batch(family, torch.bfloat16))
     assert report.failed == report.full_failed == []
     assert max(report.differences.values()) > 1e-4  # there was some
     assert report.tolerances["gradient"] < 0.5
@@ -92,7 +86,7 @@ def test_rounding_in_half_precision_is_no_disagreement(family):
 @families
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bfloat16"])
 def test_half_precision_is_seen_behind_logits_that_are_cast_up(family, weights):
-    model = build_model(family, weights)
+    model = build_model(family, dtype=weights)
     native = model.backbone.forward
 
     def forward(*args, **kwargs):

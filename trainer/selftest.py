@@ -126,9 +126,8 @@ def _step(model, forward, inputs, plan, rounding=0.0, watch=None, other_last_tok
         if output.ndim == 3 and output.shape[1] >= length:
             leaf = output.detach()
             if rounding:
-                generator = torch.Generator(leaf.device).manual_seed(
-                    len(embedded)
-                )  # the latents' noise stays the same
+                # Its own generator, so that the noise of the latents stays the same.
+                generator = torch.Generator(leaf.device).manual_seed(len(embedded))
                 noise = torch.randn(leaf.shape, generator=generator, device=leaf.device, dtype=leaf.dtype)
                 leaf = leaf * (1.0 + rounding * noise)
             leaf.requires_grad_(with_gradient)
