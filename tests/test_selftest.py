@@ -1,10 +1,6 @@
 """The self-test of a run's first batch: silent where both plans agree, and by name about what it finds where not."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from trainer.selftest import self_test
 
 
 ROWS = BATCHES[0]
-TESTS = Path(__file__).resolve().parent
 families = pytest.mark.parametrize("family", CORE_FAMILIES)
 planted = pytest.mark.parametrize(("plant", "message"), PLANTED.values(), ids=PLANTED)
 
@@ -123,55 +118,3 @@ def test_an_attention_that_sees_the_answer_ahead_is_a_failure_of_the_backbone(fa
     report = self_test(build_model(family), make_batch(family))
     for failed in (report.failed, report.full_failed):
         assert any("the attention is not causal" in found for found in failed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# argv: the folder of the tests, an output folder, and the error to plant in the second process, or "none".
-TRAIN = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import datasets, planted_errors, pytest
-from test_trainer import make_row
-from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from trainer import AMVLSFTConfig, AMVLSFTTrainer
-from trainer.demo import build_tiny_backbone
-
-backbone, processor = build_tiny_backbone(seed=0)
-processor = AMVLProcessor.from_backbone(processor)
-model = AMVLForConditionalGeneration.from_backbone(
-    backbone, num_latents=4, latent_size=16, latent_token_id=processor.latent_token_id
-)
-args = AMVLSFTConfig(
-    sys.argv[2], use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1,
-    per_device_train_batch_size=2,
-)
-rows = datasets.Dataset.from_list([make_row(index) for index in range(4)])
-trainer = AMVLSFTTrainer(model, args, train_dataset=rows, processing_class=processor)
-if sys.argv[3] != "none" and os.environ["RANK"] == "1":
-    planted_errors.PLANTED[sys.argv[3]][0](pytest.MonkeyPatch())
-trainer.train()
-with open(os.path.join(sys.argv[2], os.environ["RANK"]), "w") as file:
-    file.write(f"{trainer.args.world_size} {model.auto_plan}")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("planted_error", "plan"), [("none", "shared"), ("shifted", "full")])
-def test_two_processes_take_one_plan_also_where_one_of_them_fails(planted_error, plan, tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "out").mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = subprocess.run(
-        [*launch, "train.py", str(TESTS), "out", planted_error],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    assert [(tmp_path / "out" / rank).read_text() for rank in ("0", "1")] == [f"2 {plan}"] * 2
