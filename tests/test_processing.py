@@ -1,9 +1,11 @@
-"""AMVLProcessor gives what the stock processor gives, knows the latent token, and comes back from a saved folder."""
+"""AMVLProcessor gives what the stock processor gives, knows the latent token, and comes back from a saved folder with
+the image budget it went there with."""
 
 import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
+    Emu3ImageProcessor,
+    Emu3Processor,
+    HunYuanVLImageProcessorPil,
+    HunYuanVLProcessor,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlavaConfig,
@@ -30,6 +36,10 @@ from transformers import (
     pipeline,
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -57,14 +67,19 @@ IDEFICS3_TOKENS = [
 
 
 def build_tokenizer(special_tokens):
-    """A byte-level BPE tokenizer trained on the sentences above; it pads on the right."""
+    """A byte-level BPE tokenizer trained on the sentences above; it pads on the right.
+
+    Args:
+        special_tokens (`list[str]` or `dict[str, str]`): with a dict, the tokenizer gets attributes of its keys.
+    """
+    tokens = list(special_tokens.values()) if isinstance(special_tokens, dict) else special_tokens
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=330 + len(special_tokens),
+        vocab_size=330 + len(tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<pad>", "<s>", "</s>", *special_tokens],
+        special_tokens=["<pad>", "<s>", "</s>", *tokens],
         show_progress=False,
     )
     tokenizer.train_from_iterator(QUESTIONS + ANSWERS, trainer)
@@ -97,7 +112,26 @@ def build_idefics3():
     )
 
 
+def build_hunyuan_vl():
+    names = ("image_token", "image_start_token", "image_end_token")
+    return HunYuanVLProcessor(
+        HunYuanVLImageProcessorPil(size={"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}),
+        build_tokenizer(dict(zip(names, ("<image>", "<start>", "<end>")))),
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "<start><image><end>"),
+    )
+
+
+def build_emu3():
+    names = ("image_token", "boi_token", "eoi_token", "image_wrapper_token", "eof_token")
+    return Emu3Processor(
+        Emu3ImageProcessor(min_pixels=16 * 16, max_pixels=64 * 64),
+        build_tokenizer({name: "<image>" if name == "image_token" else f"<{name}>" for name in names}),
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "<image>"),
+    )
+
+
 BUILDERS = {"llava": build_llava, "idefics3": build_idefics3}
+AREA_BUILDERS = {"hunyuan_vl": build_hunyuan_vl, "emu3": build_emu3}  # the area of an image has bounds
 
 
 @pytest.fixture(params=BUILDERS)
@@ -221,13 +255,23 @@ def test_every_stock_class_keeps_its_own_methods():
     classes = {getattr(transformers, name, None) for name in names}
     stock_classes = [c for c in classes if isinstance(c, type) and issubclass(c, ProcessorMixin)]
     assert len(stock_classes) > 50
-    ours = {"from_backbone", "backbone_processor_class", "latent_token", "latent_token_id", "_set_latent_token"}
-    assert ours < set(vars(AMVLProcessor))
+    stock_overridden = {
+        "__module__",
+        "__doc__",
+        "__new__",
+        "__reduce__",
+        "from_pretrained",
+        "to_dict",
+        "_merge_kwargs",
+    }
+    ours = {name for name, value in vars(AMVLProcessor).items() if name not in stock_overridden | set(vars(object))}
+    ours -= {"__annotations__", "__dict__", "__weakref__", "_auto_class"}
+    assert {"from_backbone", "latent_token", "image_budget"} < ours
     for stock in stock_classes:
         assert not ours & set(dir(stock)), stock
         combined = processing_amvl._processor_class(stock)
         assert combined.get_attributes() == stock.get_attributes(), stock
-        for name in ("__init__", "__call__", "apply_chat_template", "_merge_kwargs", "model_input_names"):
+        for name in ("__init__", "__call__", "apply_chat_template", "model_input_names"):
             assert getattr(combined, name) is getattr(stock, name), (stock, name)
 
 
@@ -319,6 +363,300 @@ def test_a_token_with_another_role_is_refused(token):
 def test_no_token_is_refused(token):
     with pytest.raises(ValueError, match="`latent_token` must be a token"):
         AMVLProcessor.from_backbone(build_llava(), latent_token=token)
+
+
+# --- the image budget ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=AREA_BUILDERS)
+def build_area(request):
+    return AREA_BUILDERS[request.param]
+
+
+def num_image_tokens(processor, **kwargs):
+    """Number of `<image>` tokens that a large and a small image become together."""
+    images = [[Image.new("RGB", (128, 192))], [Image.new("RGB", (16, 16))]]
+    batch = processor(images=images, text=["<start><image><end>"] * 2, padding=True, return_tensors="pt", **kwargs)
+    return (batch["input_ids"] == processor.image_token_id).sum().item()
+
+
+def warnings_of(caplog):
+    """The warnings that processors logged since the last call."""
+    messages = [record.getMessage() for record in caplog.records if "image budget" in record.getMessage()]
+    caplog.clear()
+    return messages
+
+
+def by_name(budget):
+    return dict(sorted(budget.items()))
+
+
+def edit_config(folder, edit):
+    """Changes the saved `processor_config.json` with a function of its content."""
+    file = folder / "processor_config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+
+
+def test_the_image_budget_is_what_decides_the_size_of_an_image():
+    budgets = {name: AMVLProcessor.from_backbone(b()).image_budget for name, b in (BUILDERS | AREA_BUILDERS).items()}
+    assert budgets["hunyuan_vl"] == {"min_pixels": 32 * 32, "max_pixels": 32 * 32 * 16}
+    assert budgets["emu3"] == {"min_pixels": 16 * 16, "max_pixels": 64 * 64}
+    assert budgets["llava"] == {
+        "do_resize": True,
+        "do_center_crop": True,
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+    }
+    assert budgets["idefics3"] == {
+        "do_resize": True,
+        "do_image_splitting": True,
+        "size": {"longest_edge": 64},
+        "max_image_size": {"longest_edge": 32},
+    }
+
+
+def test_the_image_budget_is_what_a_call_reads(monkeypatch, caplog):
+    stock = build_hunyuan_vl()
+    stock.image_processor = get_image_processor_class_from_name("Glm4vImageProcessorPil")(max_pixels=1000)
+    assert stock.image_processor.max_pixels == 1000  # an attribute that nothing reads
+    assert AMVLProcessor.from_backbone(stock).image_budget["max_pixels"] == stock.image_processor.size["longest_edge"]
+    # Some stock classes have settings of their own, which precede those of the image processor.
+    monkeypatch.setattr(LlavaProcessor, "images_kwargs", {"crop_size": {"height": 14, "width": 14}}, raising=False)
+    processor = AMVLProcessor.from_backbone(build_llava())
+    assert encode(processor)["pixel_values"].shape[-2:] == (14, 14)
+    assert processor.image_budget["crop_size"] == {"height": 14, "width": 14}
+    assert warnings_of(caplog) == []
+
+
+def test_pixels_change_the_number_of_image_tokens(build_area, tmp_path):
+    stock = build_area()
+    stock.save_pretrained(tmp_path / "stock")
+    before, budget = num_image_tokens(stock), AMVLProcessor.from_backbone(stock).image_budget
+    low, high = budget["max_pixels"] // 4, budget["max_pixels"] * 4
+    for backbone in (stock, tmp_path / "stock"):
+        smaller = AMVLProcessor.from_backbone(backbone, max_pixels=low)
+        assert smaller.image_budget == {"min_pixels": budget["min_pixels"], "max_pixels": low}
+        assert num_image_tokens(smaller) < before
+        larger = AMVLProcessor.from_backbone(backbone, min_pixels=budget["max_pixels"], max_pixels=high)
+        assert larger.image_budget == {"min_pixels": budget["max_pixels"], "max_pixels": high}
+        assert num_image_tokens(larger) > before
+        for processor in (smaller, larger):
+            processor.save_pretrained(tmp_path / "saved")
+            again = [AMVLProcessor.from_pretrained(tmp_path / "saved"), copy.deepcopy(processor)]
+            for other in (*again, pickle.loads(pickle.dumps(processor))):
+                assert other.image_budget == processor.image_budget
+                assert num_image_tokens(other) == num_image_tokens(processor)
+    assert num_image_tokens(stock) == before  # the given processor is as it was
+
+
+# Those of transformers 5.23 that bound the area of an image; MiniMax-M3-VL's, which needs torchvision, is missing.
+AREA_IMAGE_PROCESSORS = {
+    "CohereCompassImageProcessorPil",
+    "Cosmos3EdgeImageProcessorPil",
+    "Emu3ImageProcessor",
+    "Ernie4_5_VLMoeImageProcessorPil",
+    "Glm46VImageProcessorPil",
+    "Glm4vImageProcessorPil",
+    "GlmgaImageProcessorPil",
+    "HunYuanVLImageProcessorPil",
+    "PaddleOCRVLImageProcessorPil",
+    "Qwen2VLImageProcessorPil",  # and Qwen2.5-VL, Qwen3-VL, Qwen3.5, ...
+    "VideoLlama3ImageProcessorPil",
+}
+
+
+def test_every_image_processor_takes_a_budget_of_pixels_or_refuses_it():
+    families = [
+        IMAGE_PROCESSOR_MAPPING_NAMES.get(family) or {} for family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ]
+    names = {family["pil"] for family in families if "pil" in family}
+    assert names > AREA_IMAGE_PROCESSORS and len(names) > 40
+    stock = build_hunyuan_vl()
+    image = Image.new("RGB", (112, 168))
+    refused = set()
+    for name in names:
+        stock.image_processor = get_image_processor_class_from_name(name)()
+        sizes = set()
+        for pixels in (60_000, 240_000):
+            try:
+                processor = AMVLProcessor.from_backbone(stock, min_pixels=pixels, max_pixels=pixels + 20_000)
+            except ValueError as error:
+                assert re.search(f"cannot be set.*`{name}` does not bound the pixels", str(error))
+                assert AMVLProcessor.from_backbone(stock).image_budget, name
+                refused.add(name)
+                continue
+            assert processor.image_budget == {"min_pixels": pixels, "max_pixels": pixels + 20_000}
+            sizes.add(processor.image_processor(images=[image], return_tensors="np")["pixel_values"].shape)
+        assert len(sizes) == (0 if name in refused else 2), name
+    assert not AREA_IMAGE_PROCESSORS & refused and len(refused) > 25
+
+
+def test_pixels_are_refused_where_the_area_has_no_bounds(build, tmp_path):
+    stock = build()
+    name = type(stock.image_processor).__name__
+    AMVLProcessor.from_backbone(stock).save_pretrained(tmp_path)
+    message = f"`max_pixels` cannot be set, got .*1000.*`{name}` does not bound the pixels.*'size': {{'.*Leave"
+    with pytest.raises(ValueError, match=message):
+        AMVLProcessor.from_backbone(stock, max_pixels=1000)
+    with pytest.raises(ValueError, match=message):
+        AMVLProcessor.from_pretrained(tmp_path, max_pixels=1000)
+    unresized = build_hunyuan_vl()
+    unresized.image_processor.do_resize = False
+    with pytest.raises(ValueError, match="`max_pixels`, `min_pixels` cannot be set.*'do_resize': False"):
+        AMVLProcessor.from_backbone(unresized, min_pixels=1000, max_pixels=2000)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1003520.0, "1003520", True])
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels"])
+def test_pixels_that_are_no_number_of_pixels_are_refused_before_anything_is_loaded(name, value, tmp_path):
+    for load in (AMVLProcessor.from_backbone, AMVLProcessor.from_pretrained):
+        with pytest.raises(ValueError, match=f"`{name}` must be a positive number of pixels.*got {value!r}"):
+            load(tmp_path / "nothing", **{name: value})
+
+
+def test_a_budget_that_contradicts_itself_is_refused(build_area):
+    with pytest.raises(ValueError, match="`min_pixels` is 2000 and `max_pixels` is 1000"):
+        AMVLProcessor.from_backbone("nothing", min_pixels=2000, max_pixels=1000)
+    budget = AMVLProcessor.from_backbone(build_area()).image_budget
+    with pytest.raises(ValueError, match=f"`min_pixels` is {budget['min_pixels']} and `max_pixels` is 100: give both"):
+        AMVLProcessor.from_backbone(build_area(), max_pixels=100)
+
+
+def test_an_amvl_processor_given_keeps_its_budget():
+    processor = AMVLProcessor.from_backbone(build_hunyuan_vl(), max_pixels=32 * 32 * 4)
+    assert AMVLProcessor.from_backbone(processor, max_pixels=32 * 32 * 4) is processor
+    with pytest.raises(ValueError, match="asked for is {'max_pixels': 10240}, but .* has {.*'max_pixels': 4096}"):
+        AMVLProcessor.from_backbone(processor, max_pixels=32 * 32 * 10)
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels`:FutureWarning")
+def test_what_the_tokenizer_was_loaded_with_is_part_of_the_budget(tmp_path, caplog):
+    # The stock `from_pretrained` gives `max_pixels` to the tokenizer too, whose settings come first in every call.
+    stock = build_hunyuan_vl()
+    stock.tokenizer.init_kwargs["max_pixels"] = 32 * 32 * 2
+    processor = AMVLProcessor.from_backbone(stock)
+    assert processor.image_budget["max_pixels"] == 32 * 32 * 2
+    assert num_image_tokens(processor) == num_image_tokens(stock) < num_image_tokens(build_hunyuan_vl())
+    assert warnings_of(caplog) == []  # the call changes nothing
+    processor = AMVLProcessor.from_backbone(stock, max_pixels=32 * 32 * 16)
+    assert processor.image_budget["max_pixels"] == 32 * 32 * 16
+    assert num_image_tokens(processor) == num_image_tokens(build_hunyuan_vl())
+    # Ours does not.
+    processor.save_pretrained(tmp_path)
+    loaded = AMVLProcessor.from_pretrained(tmp_path, max_pixels=32 * 32 * 4)
+    assert "max_pixels" not in loaded.tokenizer.init_kwargs
+
+
+def test_a_checkpoint_carries_its_budget_and_another_one_warns(build_area, tmp_path, caplog):
+    processor = AMVLProcessor.from_backbone(build_area())
+    budget = processor.image_budget
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    assert config["image_budget"] == budget
+    same = {"min_pixels": budget["min_pixels"], "max_pixels": budget["max_pixels"]}
+    for pixels in ({}, same):
+        assert AMVLProcessor.from_pretrained(tmp_path, **pixels).image_budget == budget
+    assert warnings_of(caplog) == []
+
+    other = budget | {"max_pixels": budget["max_pixels"] * 2}
+    changed = AMVLProcessor.from_pretrained(tmp_path, max_pixels=other["max_pixels"])
+    assert changed.image_budget == other
+    (message,) = warnings_of(caplog)
+    assert f"`{tmp_path}` is {by_name(other)}, but it was saved with {by_name(budget)}" in message
+
+    changed.save_pretrained(tmp_path / "on-purpose")
+    assert AMVLProcessor.from_pretrained(tmp_path / "on-purpose").image_budget == other
+    assert warnings_of(caplog) == []
+
+    # Edited after saving: what the image processor reads, and, in a checkpoint from before the record, silently.
+    edited = changed.to_dict()["image_processor"]
+    edit_config(tmp_path, lambda config: config.update(image_processor=edited))
+    assert AMVLProcessor.from_pretrained(tmp_path).image_budget == other
+    assert len(warnings_of(caplog)) == 1
+    edit_config(tmp_path, lambda config: config.pop("image_budget"))
+    assert AMVLProcessor.from_pretrained(tmp_path).image_budget == other
+    assert warnings_of(caplog) == []
+
+
+def test_a_size_that_differs_from_the_checkpoint_warns(build, tmp_path, caplog):
+    AMVLProcessor.from_backbone(build()).save_pretrained(tmp_path)
+    edge = "shortest_edge" if build is build_llava else "longest_edge"
+    assert AMVLProcessor.from_pretrained(tmp_path, size={edge: 40}).image_budget["size"] == {edge: 40}
+    (message,) = warnings_of(caplog)
+    assert f"'size': {{'{edge}': 40}}" in message
+    edit_config(tmp_path, lambda config: config["image_processor"].update(do_resize=False))
+    assert AMVLProcessor.from_pretrained(tmp_path).image_budget["do_resize"] is False
+    (message,) = warnings_of(caplog)
+    assert "'do_resize': True" in message and "'do_resize': False" in message
+    # What decides nothing about the size may change, and a setting that this transformers added is no difference.
+    edit_config(tmp_path, lambda config: config["image_processor"].update(do_resize=True, image_mean=[0.1, 0.2, 0.3]))
+    edit_config(tmp_path, lambda config: config["image_budget"].pop("do_resize"))
+    AMVLProcessor.from_pretrained(tmp_path)
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 4}},
+        {"images_kwargs": {"size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 4}}},
+        {"max_pixels": 32 * 32 * 4},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels`:FutureWarning")
+def test_a_call_with_another_budget_warns_once(overrides, caplog):
+    processor = AMVLProcessor.from_backbone(build_hunyuan_vl())
+    before = num_image_tokens(processor)
+    same = {"size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 16}, "do_resize": True}
+    assert num_image_tokens(processor, **same) == num_image_tokens(processor, max_pixels=32 * 32 * 16) == before
+    assert warnings_of(caplog) == []
+    stock = build_hunyuan_vl()
+    stock.tokenizer.padding_side = "left"
+    for _ in range(2):
+        assert num_image_tokens(processor, **overrides) == num_image_tokens(stock, **overrides) != before
+    (message,) = warnings_of(caplog)
+    called = overrides.get("images_kwargs", overrides)
+    assert f"called with {called}" in message and str(processor.image_budget) in message
+    assert num_image_tokens(pickle.loads(pickle.dumps(processor))) == before
+
+    processor = AMVLProcessor.from_backbone(build_hunyuan_vl())
+    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True, **overrides}}
+    processor.apply_chat_template(build_conversations(), **options)
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_calls_that_change_no_size_do_not_warn(build, caplog):
+    processor = AMVLProcessor.from_backbone(build())
+    encode(processor)
+    processor(images=[[image] for image in build_images()], text=["<image>"] * 2, do_normalize=False, padding=True)
+    assert warnings_of(caplog) == []
+    processor(images=[[image] for image in build_images()], text=["<image>"] * 2, do_resize=False, padding=True)
+    assert len(warnings_of(caplog)) == 1
+
+
+FRESH_BUDGET = """
+import logging
+from transformers import AutoProcessor
+
+logging.getLogger("transformers_modules").addHandler(logging.StreamHandler(sys.stdout))
+for pixels in ({}, {"max_pixels": 32 * 32 * 9}):
+    processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True, **pixels)
+    print(processor.image_budget)
+processor.save_pretrained(sys.argv[2])
+"""
+
+
+def test_remote_code_carries_the_budget_and_warns(tmp_path):
+    budget = {"min_pixels": 32 * 32, "max_pixels": 32 * 32 * 4}
+    AMVLProcessor.from_backbone(build_hunyuan_vl(), max_pixels=32 * 32 * 4).save_pretrained(tmp_path / "saved")
+    lines = run_fresh(FRESH_BUDGET, tmp_path, tmp_path / "saved", tmp_path / "again").splitlines()
+    other = {"min_pixels": 32 * 32, "max_pixels": 32 * 32 * 9}
+    assert lines[0] == str(budget)
+    assert f"`{tmp_path / 'saved'}` is {by_name(other)}, but it was saved with {by_name(budget)}" in lines[1]
+    assert lines[2:] == [str(other)]
+    assert AMVLProcessor.from_pretrained(tmp_path / "again").image_budget == other
 
 
 # --- what can be wrapped ---------------------------------------------------------------------------------------------
@@ -531,7 +869,19 @@ sizes = [image[0].size[::-1] for image in images]
 assert processor._get_num_multimodal_tokens(sizes) == stock._get_num_multimodal_tokens(sizes)
 ids = expected["input_ids"]
 assert processor.post_process_image_text_to_text(ids) == stock.post_process_image_text_to_text(ids)
-torch.save({"batch": batch, "expected": expected}, folder / "stock.pt")
+budgets = {}
+for name, max_pixels in (("lower", 28 * 28), ("higher", 28 * 28 * 1280)):
+    changed = AMVLProcessor.from_backbone(stock, max_pixels=max_pixels)
+    changed.save_pretrained(folder / name)
+    loaded = AMVLProcessor.from_pretrained(folder / "qwen", max_pixels=max_pixels)  # warns
+    again = AMVLProcessor.from_pretrained(folder / name)
+    budgets[name] = [
+        (p.image_budget, p(images=images, text=text, padding=True)["image_grid_thw"].prod(-1).tolist())
+        for p in (changed, loaded, again)
+    ]
+    for p in (changed, loaded, again):
+        assert p.video_processor.size == stock.video_processor.size
+torch.save({"batch": batch, "expected": expected, "budgets": budgets}, folder / "stock.pt")
 """
 
 
@@ -552,6 +902,10 @@ def test_real_qwen2_5_vl_processor(tmp_path, tmp_path_factory):
     assert fresh["latent_token_id"] == len(tokenizer)
     for batch in (torch.load(tmp_path / "stock.pt")["batch"], *fresh["batches"]):
         assert_same_batch(batch, expected)
+
+    budgets = torch.load(tmp_path / "stock.pt")["budgets"]
+    assert budgets["lower"] == [({"min_pixels": 28 * 28, "max_pixels": 28 * 28}, [4, 4])] * 3  # patches of one token
+    assert budgets["higher"] == [({"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 1280}, [8, 8])] * 3
 
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert batch["image_grid_thw"].tolist() == [[1, 4, 2], [1, 2, 4]]  # 64x32 and 40x60 pixels in patches of 14
