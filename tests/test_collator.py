@@ -1,13 +1,18 @@
 """Rows become batches in which x and y are apart, and a row that cannot be trained on is refused by name."""
 
+import copy
 import io
 import re
+import struct
+import zlib
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
+from trl.data_utils import apply_chat_template
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
@@ -15,6 +20,15 @@ from trainer.demo import build_tiny_backbone
 
 
 IMAGE_PART = {"type": "image"}
+# One pixel of 16 bits a channel, (0, 0x4040, 0xffff): Pillow writes no such file.
+PNG_48_BIT = b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    for name, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 0, 0x4040, 0xFFFF))),
+        (b"IEND", b""),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +59,9 @@ def picture(seed=0, size=(48, 64)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def encoded(image, kind="PNG"):
+def encoded(image, kind="PNG", **settings):
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **settings)
     return buffer.getvalue()
 
 
@@ -136,6 +150,40 @@ def test_prompt_and_completion_together_are_the_rendering_of_the_whole(collator)
         whole = processor.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         inputs = processor(images=row["images"], text=whole, add_special_tokens=False)
         assert prompt + answer == torch.as_tensor(inputs["input_ids"]).flatten().tolist()
+
+
+CONVERSATIONS = {
+    "one turn": [user(IMAGE_PART, text("How many?"))],
+    "several turns": [
+        {"role": "system", "content": [text("Look.")]},
+        user(IMAGE_PART, text("What color is the circle?")),
+        assistant(text("red")),
+        user(text("How many?")),
+    ],
+    "an answer begun": [user(IMAGE_PART, text("How many?")), assistant(text("I count"))],
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("header", ["the same", "longer before an answer", "shorter before an answer"])
+def test_a_row_is_split_as_trl_splits_it(processor, conversation, header):
+    processor = copy.copy(processor)
+    generation = "{{ '<|assistant|>' }}"
+    assert generation in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(
+        generation,
+        {
+            "the same": generation,
+            "longer before an answer": "{{ '<|assistant|><think>' }}",
+            "shorter before an answer": "{{ '<|assist' }}",
+        }[header],
+    )
+    row = {"prompt": CONVERSATIONS[conversation], "completion": [assistant(text("two"))]}
+    rendered = AMVLDataCollator(processor).render({**row, "images": [picture()]}, "The row")
+    expected = apply_chat_template(row, processor)
+    assert {key: rendered[key] for key in expected} == expected
+    if conversation != "an answer begun":
+        assert rendered["prompt"].endswith("<|assist" if header.startswith("shorter") else "<|assistant|>")
 
 
 def test_prompts_are_padded_on_the_left_and_answers_on_the_right(collator):
@@ -253,6 +301,36 @@ def test_an_image_of_any_mode_becomes_rgb(collator, mode):
     assert batch["pixel_values"].std() > 0
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_an_image_that_lies_on_its_side_is_turned_upright_as_in_serving(collator, tmp_path, kind, orientation):
+    path, exif = tmp_path / "photo", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encoded(picture(size=(48, 64)), kind, exif=exif)
+    path.write_bytes(content)
+    upright = load_image(str(path))
+    assert upright.size == ((64, 48) if orientation < 5 else (48, 64))
+    stored = datasets.Dataset.from_dict({"images": [[{"bytes": content, "path": None}]]})
+    stored = stored.cast_column("images", datasets.List(datasets.Image()))[0]["images"][0]
+    for source in (str(path), {"bytes": content, "path": None}, Image.open(path), stored):
+        (image,) = collator.render({**ROWS[0], "images": [source]}, "The row")["images"]
+        assert np.array_equal(image, upright), type(source)
+
+
+def test_turning_an_image_leaves_the_row_as_it_is(collator):
+    image = picture(size=(48, 64))
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    for _ in range(2):
+        rendered = collator.render({**ROWS[0], "images": [image]}, "The row")
+        assert rendered["images"][0].size == (48, 64) and image.size == (64, 48)
+
+
+def test_16_bit_colors_keep_their_brightness(collator):
+    # What Pillow reads as RGB it scales; see `MALFORMED` for grey values, which it would clip.
+    (image,) = collator.render({**ROWS[0], "images": [{"bytes": PNG_48_BIT, "path": None}]}, "The row")["images"]
+    assert np.array_equal(image, [[[0, 64, 255]]])
+
+
 def test_text_only_rows_are_accepted_where_allowed(processor):
     collator = AMVLDataCollator(processor, allow_text_only=True)
     row = {"images": [], "prompt": [user(text("How many?"))], "completion": [assistant(text("two"))]}
@@ -288,6 +366,8 @@ PNG, JPEG = encoded(picture(size=(200, 200))), encoded(picture(size=(200, 200)),
 # A chunk said to be shorter than it is: the next "chunk" has no valid name, on which Pillow raises a SyntaxError.
 BROKEN_PNG = PNG.replace(PNG[PNG.index(b"IDAT") - 4 :][:4], (100).to_bytes(4, "big"), 1)
 PLAIN_PROMPT = "<s><|user|><image>How many?<|end|><|assistant|>"
+
+DEEP = Image.fromarray(np.linspace(0, 65535, 48 * 64, dtype=np.uint16).reshape(48, 64))
 
 # What is wrong: (row, what the message must say besides the name of the row).
 MALFORMED = {
@@ -349,6 +429,14 @@ MALFORMED = {
     "None for an image": (changed(images=[None]), "image 0 cannot be read"),
     "a number for an image": (changed(images=[3]), "image 0 cannot be read"),
     "a web address": (changed(images=["https://example.org/photo.jpg"]), "image 0 cannot be read"),
+    "16-bit grey": (changed(images=[DEEP]), "image 0 cannot be read.*'I;16'.*8 bits"),
+    "16-bit grey in a PNG": (
+        changed(images=[{"bytes": encoded(DEEP), "path": None}]),
+        "image 0 cannot be read.*'I;16'.*8 bits",
+    ),
+    "16-bit grey in a TIFF file": (with_file("deep.tif", encoded(DEEP, "TIFF")), "deep.tif.*'I;16'.*8 bits"),
+    "32-bit integers": (changed(images=[DEEP.convert("I")]), "image 0 cannot be read.*'I'.*8 bits"),
+    "floats": (changed(images=[DEEP.convert("F")]), "image 0 cannot be read.*'F'.*8 bits"),
     # The answer
     "an empty answer": (changed(completion=[assistant(text(""))]), "empty answer"),
     "an answer of white space": (changed(completion=[assistant(text(" \n\t"))]), "empty answer"),
@@ -487,8 +575,8 @@ def test_an_answer_longer_than_its_limit_is_refused_with_both_numbers(model, pro
     length = len(processor.tokenizer("red green blue<|end|>", add_special_tokens=False)["input_ids"])
     AMVLDataCollator(processor, max_completion_length=length)([row])
     message = rf"has an answer of {length} tokens, more than `max_completion_length` \({length - 1}\): raise the limit"
-    with pytest.raises(ValueError, match=f"Row 0 of the batch {message}"):
-        AMVLDataCollator(processor, max_completion_length=length - 1)([row])
+    with pytest.raises(ValueError, match=f"Row 1 of the batch {message}"):
+        AMVLDataCollator(processor, max_completion_length=length - 1)([make_row(), row, make_row()])
     rows = datasets.Dataset.from_list([make_row(), row])
     with pytest.raises(ValueError, match=f"Row 1 of `train_dataset` {message}"):
         build_trainer(model, processor, tmp_path, rows, max_completion_length=length - 1)

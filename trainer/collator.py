@@ -1,12 +1,13 @@
 """Rows to batches: prompts left-padded with their images, answers apart and right-padded."""
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers import ProcessorMixin
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.data_utils import prepare_multimodal_messages
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -61,8 +62,10 @@ class AMVLDataCollator:
             add_special_tokens=False,
         )
         batch["completion_ids"], batch["completion_mask"] = answers["input_ids"], answers["attention_mask"]
+        lengths = batch["completion_mask"].sum(1)
+        self.check_answer_length(int(lengths.max()), f"Row {int(lengths.argmax())} of the batch")
         if self.max_length is not None:
-            lengths = batch["attention_mask"].sum(1) + batch["completion_mask"].sum(1)
+            lengths = batch["attention_mask"].sum(1) + lengths
             if int(lengths.max()) > self.max_length:
                 raise ValueError(
                     f"Row {int(lengths.argmax())} of the batch has {int(lengths.max())} tokens with its images, more "
@@ -78,7 +81,8 @@ class AMVLDataCollator:
         Args:
             row (`dict`): as in the dataset.
             name (`str`): how an error calls the row, `"Row 3"`.
-            open_images (`bool`, defaults to `True`): decode the images; otherwise only look whether they can be read.
+            open_images (`bool`, defaults to `True`): decode the images. Otherwise only look whether they can be read, and
+                check the lengths, which the collator reads off the batch.
 
         Returns:
             `dict`: `prompt` and `completion` as text, `images` as a list of RGB images.
@@ -123,31 +127,49 @@ class AMVLDataCollator:
             )
         if not isinstance(prompt, str):
             try:
-                messages = {
-                    "prompt": prepare_multimodal_messages(prompt, images=[None] * len(images)),
-                    "completion": prepare_multimodal_messages(completion),
-                }
-                texts = apply_chat_template(messages, self.processor)
+                texts = self.render_turns(
+                    prepare_multimodal_messages(prompt, images=[None] * len(images)),
+                    prepare_multimodal_messages(completion),
+                )
             except Exception as error:
                 raise ValueError(f"{name} does not go through the chat template: {error}") from error
             if not texts["completion"]:
                 raise ValueError(f"{name}: the chat template renders its answer {answer!r} as nothing.")
-        if self.max_completion_length is not None or self.max_length is not None:
+        if not open_images and (self.max_completion_length is not None or self.max_length is not None):
             lengths = {
                 key: len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
                 for key, text in texts.items()
             }
-            if self.max_completion_length is not None and lengths["completion"] > self.max_completion_length:
-                raise ValueError(
-                    f"{name} has an answer of {lengths['completion']} tokens, more than `max_completion_length` "
-                    f"({self.max_completion_length}): raise the limit or drop the row."
-                )
+            self.check_answer_length(lengths["completion"], name)
             if self.max_length is not None and sum(lengths.values()) > self.max_length:
                 raise ValueError(
                     f"{name} has {sum(lengths.values())} tokens even before its images are counted, more than "
                     f"`max_length` ({self.max_length}): raise the limit or drop the row."
                 )
         return {"prompt": texts["prompt"], "completion": texts["completion"], "images": images}
+
+    def render_turns(self, prompt, completion):
+        """The texts that TRL's `apply_chat_template` gives, whose loop over characters takes long on a long prompt."""
+        last_role = prompt[-1]["role"]
+        if last_role == "system":
+            raise ValueError(f"Invalid role in the last message: {last_role}")
+        start = self.processor.apply_chat_template(
+            prompt,
+            add_generation_prompt=last_role != "assistant",
+            continue_final_message=last_role == "assistant",
+            tokenize=False,
+        )
+        whole = self.processor.apply_chat_template(prompt + completion, tokenize=False)
+        if not whole.startswith(start):  # the header of an answer to come may hold more than that of a given one
+            start = os.path.commonprefix([start, whole])
+        return {"prompt": start, "completion": whole[len(start) :]}
+
+    def check_answer_length(self, length, name):
+        if self.max_completion_length is not None and length > self.max_completion_length:
+            raise ValueError(
+                f"{name} has an answer of {length} tokens, more than `max_completion_length` "
+                f"({self.max_completion_length}): raise the limit or drop the row."
+            )
 
 
 def split_turns(row, name):
@@ -242,7 +264,7 @@ def text_of(messages, name):
 
 def read_image(image, name, decode=True):
     """
-    An RGB image from what a dataset column may hold.
+    An upright RGB image from what a dataset column may hold.
 
     Args:
         image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or the `bytes` and `path` of `datasets`.
@@ -250,7 +272,7 @@ def read_image(image, name, decode=True):
         decode (`bool`, defaults to `True`): `False` decodes only where a file cut short would not show otherwise.
 
     Raises:
-        ValueError: missing, or no image.
+        ValueError: missing, no image, or one of more than 8 bits that Pillow would clip.
     """
     source = image
     try:
@@ -259,12 +281,25 @@ def read_image(image, name, decode=True):
             image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else source
         if isinstance(image, (str, Path, io.BytesIO)):
             with Image.open(image) as opened:
-                return opened.convert("RGB") if decode or not is_whole(opened) else None
+                return to_rgb(opened, decode or not is_whole(opened))
         if not isinstance(image, Image.Image):
             raise TypeError(f"a `{type(image).__name__}` is no image")
-        return image.convert("RGB") if decode else None
+        return to_rgb(image, decode)
     except Exception as error:  # Pillow's plugins also raise SyntaxError, RuntimeError and NotImplementedError
         raise ValueError(f"{name} cannot be read ({source!r:.200}): {error}. Repair or drop it.") from error
+
+
+def to_rgb(image, decode):
+    """What transformers' `load_image`, and so serving, makes of an image; `None` if it need not be decoded."""
+    if image.mode.startswith(("I", "F")):  # "I;16" and its like; Pillow scales only files of 16-bit colors itself
+        raise ValueError(
+            f"its mode is {image.mode!r}, of which Pillow's conversion to RGB makes white above 255: scale it to 8 bits"
+        )
+    if not decode:
+        return None
+    if ExifTags.Base.Orientation in image.getexif():  # `exif_transpose` would copy the others
+        image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")
 
 
 def is_whole(image):
