@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from trainer.data import photo_questions
 from trainer.data.photo_questions import (
     COLORS,
     CORNERS,
@@ -23,9 +22,8 @@ from trainer.data.photo_questions import (
     chance,
     constant_answer,
     constant_answer_accuracy,
-    load_photos,
-    split_photos,
 )
+from trainer.data.photos import SCIKIT_IMAGE_PHOTOS, load_photos, split_photos
 from trainer.demo import build_tiny_backbone, train_sft
 
 
@@ -86,7 +84,7 @@ def test_rows_are_in_trl_prompt_completion_format(rows):
 def test_no_photo_serves_both_splits(rows):
     held_out = build_photo_questions(ROWS, "held_out", seed=3)
     assert not set(rows["photo"]) & set(held_out["photo"])
-    names = split_photos(photo_questions.SCIKIT_IMAGE_PHOTOS)
+    names = split_photos(SCIKIT_IMAGE_PHOTOS)
     assert set(rows["photo"]) == set(names["train"]) and set(held_out["photo"]) == set(names["held_out"])
     assert min(len(side) for side in names.values()) >= 5
     assert split_photos(names["train"] + names["held_out"], split_seed=1) != names

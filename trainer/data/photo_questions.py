@@ -6,42 +6,19 @@ training or held-out rows, never both. Every row has its own random generator, s
 rows are built.
 """
 
-import hashlib
 import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 
+from .photos import load_photos, split_photos
 
-# The real photographs in the wheel of scikit-image: no download. Left out: drawings (logo, horse, colour wheel,
-# chessboards, phantom), a phase map (cell), crops of 102 pixels and less, and `motorcycle_right.png`, the other eye's
-# view of the same scene, which would put one scene on both sides of the split.
-SCIKIT_IMAGE_PHOTOS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "clock_motion.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "page.png",
-    "retina.jpg",
-    "rocket.jpg",
-    "text.png",
-)
 
 COLORS = {  # sRGB, 8 bits: far apart from each other, pure enough to be rare in photographs
     "red": (230, 20, 30),
@@ -70,7 +47,6 @@ QUESTIONS = {
 }
 SPLITS = ("train", "held_out")
 MIN_IMAGE_SIZE = 48  # below, a cell has fewer than 16 x 16 pixels
-MAX_PHOTO_SIDE = 256  # pixels: the shorter side of a photograph in memory
 
 
 class PastedObject(NamedTuple):
@@ -89,97 +65,6 @@ class Puzzle(NamedTuple):
     question: str
     photo: str
     answer: str
-
-
-# ------------------------------------------------------------------------------
-# Photographs
-# ------------------------------------------------------------------------------
-
-
-def _read_photo(path) -> Image.Image:
-    with path.open("rb") as file, Image.open(file) as image:
-        photo = ImageOps.exif_transpose(image).convert("RGB")
-    scale = MAX_PHOTO_SIDE / min(photo.size)
-    if scale < 1:
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BOX)
-    return photo
-
-
-def load_photos(image_dir: str | Path | None = None) -> dict[str, Image.Image]:
-    """
-    Reads the photographs, sorted by name, shrunk so that the shorter side is 256 pixels at most.
-
-    Args:
-        image_dir (`str` or `Path`, *optional*):
-            Folder whose images (subfolders included, any format that Pillow knows by its suffix) are read. By default
-            the photographs inside scikit-image's wheel are, which needs no network.
-
-    Returns:
-        `dict[str, Image.Image]`: RGB photographs by name, which is the path relative to the folder. Of files with the
-        same pixels only the first stays, so that a copy under another name cannot end up on the other side of a split.
-
-    Raises:
-        ValueError: `image_dir` does not exist, is no folder, holds no image, or holds images that cannot be read.
-        FileNotFoundError: The installed scikit-image lacks one of its photographs.
-    """
-    if image_dir is None:
-        root = resources.files("skimage") / "data"
-        paths = {name: root / name for name in SCIKIT_IMAGE_PHOTOS}
-        missing = [name for name, path in paths.items() if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"The installed scikit-image does not ship {missing}. Install `scikit-image>=0.26`, or pass your own "
-                "photographs with `image_dir`."
-            )
-    else:
-        root = Path(image_dir)
-        if not root.is_dir():
-            raise ValueError(f"`image_dir` must be an existing folder of images, but got '{image_dir}'.")
-        suffixes = Image.registered_extensions()
-        paths = {
-            path.relative_to(root).as_posix(): path
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in suffixes and path.is_file()
-        }
-        if not paths:
-            raise ValueError(f"`image_dir` '{image_dir}' holds no image. Put photographs (.jpg, .png, ...) into it.")
-
-    photos, unreadable, seen = {}, [], set()
-    for name, path in paths.items():
-        try:
-            photo = _read_photo(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            unreadable.append(f"{name} ({error})")
-            continue
-        digest = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).digest()
-        if digest not in seen:
-            seen.add(digest)
-            photos[name] = photo
-    if unreadable:
-        more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-        raise ValueError(
-            f"`image_dir` '{image_dir}' holds {len(unreadable)} unreadable image(s): {'; '.join(unreadable[:5])}{more}. "
-            "Repair or remove them."
-        )
-    return photos
-
-
-def split_photos(names: Iterable[str], split_seed: int = 5) -> dict[str, list[str]]:
-    """
-    Deals photographs out to training and held-out rows: a fixed shuffle, of which three tenths are held out.
-
-    Args:
-        names (`Iterable[str]`):
-            Names of the photographs, in any order.
-        split_seed (`int`, *optional*, defaults to `5`):
-            Chooses the split; the default deals scikit-image's colour and grey photographs to both sides. It is not the seed of the rows, which may therefore differ between the two sides.
-
-    Returns:
-        `dict[str, list[str]]`: `"train"` and `"held_out"`, both sorted and disjoint.
-    """
-    shuffled = sorted(set(names), key=lambda name: hashlib.sha256(f"{split_seed}/{name}".encode()).digest())
-    num_held_out = round(0.3 * len(shuffled))
-    return {"train": sorted(shuffled[num_held_out:]), "held_out": sorted(shuffled[:num_held_out])}
 
 
 class _Photos:
