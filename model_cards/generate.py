@@ -1,16 +1,19 @@
-"""Renders the card of an AMVL checkpoint from what was trained and measured."""
+"""Renders the card of an AMVL checkpoint, from what was trained and measured, and of a dataset, from what was read."""
 
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
+DATASET_TEMPLATE = Path(__file__).with_name("dataset_template.md")
 VERSIONED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def render_card(config, model_name, settings, metrics=None, hub_model_id=None, datasets=None, licence=None):
+def render_card(
+    config, model_name, settings, metrics=None, hub_model_id=None, datasets=None, licence=None, data_licences=None
+):
     """
     The model card of a checkpoint.
 
@@ -21,6 +24,7 @@ def render_card(config, model_name, settings, metrics=None, hub_model_id=None, d
         metrics (`dict[str, float]`, *optional*): of the last evaluation, with the keys that `AMVLSFTTrainer` logs.
         hub_model_id (`str`, *optional*): where the checkpoint will be found; `model_name` otherwise.
         datasets (`list[str]`, *optional*), licence (`str`, *optional*): for the card's metadata.
+        data_licences (`str`, *optional*): of the training data, a line for each source.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -51,5 +55,70 @@ def render_card(config, model_name, settings, metrics=None, hub_model_id=None, d
         backbone=card_data.base_model,
         evaluation=evaluation,
         settings=settings,
+        data_licences=[_cell(line) for line in (data_licences or "").splitlines() if line.strip()],
         versions={name: version(name) for name in VERSIONED_PACKAGES},
     )
+
+
+def render_dataset_card(name, reports, settings, repository=None):
+    """
+    The card of a prepared dataset.
+
+    Args:
+        name (`str`): title.
+        reports (`dict[str, dict]`): by split, `train` first, what `DataReport.to_dict` gives.
+        settings (`dict`): `answer`, `min_pixels` and `max_pixels` of the mixture.
+        repository (`str`, *optional*): where it will be found; `name` otherwise.
+
+    Returns:
+        `huggingface_hub.DatasetCard`: its metadata name the files of each split and, where all sources share one, the licence.
+    """
+    rows, dropped, licences = [], [], {}
+    for split, report in reports.items():
+        for source, values in report["sources"].items():
+            share = values["rows"] / max(report["total"]["rows"], 1)
+            licences[values["licence"]] = None
+            row = {"split": split, "source": _cell(source), "licence": _cell(values["licence"])}
+            rows.append({**row, "rows": values["rows"], "share": share})
+            dropped += [{**row, "reason": _cell(k), "rows": v["rows"]} for k, v in values["dropped"].items()]
+    only = next(iter(licences)) if len(licences) == 1 else None
+    has_spdx_name = only is not None and " " not in only
+    card_data = DatasetCardData(
+        license=only if has_spdx_name else "other",
+        license_name=None if has_spdx_name else "licences-of-the-sources",
+        task_categories=["image-text-to-text"],
+        tags=["amvl", "trl"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [
+                    {"split": split, "path": f"data/{split}-*.parquet"}
+                    for split, report in reports.items()
+                    if report["total"]["kept"]
+                ],
+            }
+        ],
+    )
+    budget = [f"{settings[key]:,} pixels at {end}" for key, end in BUDGET_ENDS if settings.get(key) is not None]
+    return DatasetCard.from_template(
+        card_data,
+        template_path=DATASET_TEMPLATE,
+        name=name,
+        repository=repository or name,
+        answer_sentence={
+            "answer": "The completion is the answer alone.",
+            "rationale": "The completion is a rationale and the answer.",
+        }[settings["answer"]],
+        has_contact_sheet=any(report["total"]["kept"] for report in reports.values()),
+        rows=rows,
+        dropped=dropped,
+        budget=" and ".join(budget),
+    )
+
+
+BUDGET_ENDS = (("min_pixels", "least"), ("max_pixels", "most"))
+
+
+def _cell(text):
+    """A text that cannot break a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

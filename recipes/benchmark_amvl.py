@@ -36,8 +36,6 @@ Shapes: B batch, P prompt, A answer, K latent slots.
 import gc
 import itertools
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,10 +44,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from modeling_amvl import AMVLForConditionalGeneration
+from trainer.measuring import facts_line, machine_facts, markdown_page, ratios, render, spread
 from trainer.objective import amvl_loss
 
 
@@ -605,16 +603,6 @@ def measure_import(arguments):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ratios(seconds, name, baseline):
-    """Median, least and largest of the ratios within rounds."""
-    paired = [mine / base for mine, base in zip(seconds[name], seconds[baseline], strict=True)]
-    return statistics.median(paired), min(paired), max(paired)
-
-
-def spread(values, digits=2):
-    return "{:.{digits}f} ({:.{digits}f}-{:.{digits}f})".format(*values, digits=digits)
-
-
 def cell_columns(cell):
     return [
         cell["prompt"],
@@ -684,20 +672,6 @@ def import_table(measured, num_modules=6):
     return "Seconds of an import in a fresh process", ["import", "s"], rows
 
 
-def render(table, markdown):
-    """A title and its table: columns two spaces apart, or Markdown."""
-    title, header, rows = table
-    texts = [[str(word) for word in row] for row in [header, *rows]]
-    widths = [max(2, *map(len, column)) for column in zip(*texts)]
-    lines = []
-    for row in texts:
-        words = [word.rjust(width) for word, width in zip(row, widths)]
-        lines.append(f"| {' | '.join(words)} |" if markdown else "  ".join(words).rstrip())
-    rule = [f"{'-' * (width - 1)}:" if markdown else "-" * width for width in widths]
-    lines.insert(1, f"| {' | '.join(rule)} |" if markdown else "  ".join(rule))
-    return "\n".join([f"**{title}**\n" if markdown else title, *lines, ""])
-
-
 def tables_of(results):
     tables = []
     if results["training"]:
@@ -711,22 +685,11 @@ def tables_of(results):
     return tables
 
 
-def machine_facts(arguments):
+def facts_of(arguments):
     """What the numbers hold for; counts the parameters of a model without storage, which also checks the settings."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
     backbone = build_backbone(arguments, "meta")
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": f"{processor}, {os.cpu_count()} cores",
+    return machine_facts() | {
         "gpu": None if arguments.device == "cpu" else torch.cuda.get_device_name(arguments.device),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
         "shape": arguments.shape,
         "num_layers": backbone.config.get_text_config().num_hidden_layers,
         "num_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
@@ -736,13 +699,10 @@ def machine_facts(arguments):
     }
 
 
-def facts_line(facts):
-    place = facts["gpu"] or facts["cpu"]
+def shape_and_facts(facts):
     return (
         f"{facts['shape']}, {facts['num_layers']} layers, {facts['num_parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, "
-        f"{facts['attention']} attention; {facts['rounds']} rounds\n"
-        f"{place}; {facts['threads']} threads, load average {facts['load_average']:.1f} at the start; "
-        f"torch {facts['torch']}, transformers {facts['transformers']}, Python {facts['python']}"
+        f"{facts['attention']} attention; {facts['rounds']} rounds\n{facts_line(facts)}"
     )
 
 
@@ -787,8 +747,8 @@ def tasks_of(arguments):
 
 def run(arguments):
     """Measures all that was asked for, and says on the error stream how far it is."""
-    facts = machine_facts(arguments)
-    print(facts_line(facts), file=sys.stderr)
+    facts = facts_of(arguments)
+    print(shape_and_facts(facts), file=sys.stderr)
     tasks = tasks_of(arguments)
     results = {"machine": facts, "settings": asdict(arguments), **{part: [] for part in PARTS}}
     elsewhere = {"import", "memory"} if arguments.device == "cpu" else {"import"}  # measured in other processes
@@ -820,15 +780,11 @@ def main(arguments):
         print(json.dumps(peak_memory(model, batch, arm, arguments.device)))
         return
     results = run(arguments)
-    tables, facts = tables_of(results), facts_line(results["machine"])
+    tables, facts = tables_of(results), shape_and_facts(results["machine"])
     print("\n".join([facts, "", *(render(table, markdown=False) for table in tables)]))
     if arguments.markdown is not None:
         command = " ".join(["python recipes/benchmark_amvl.py", *sys.argv[1:]])
-        head = f"# What AMVL costs\n\nPrinted by `{command}`, whose docstring says what is compared.\n"
-        facts = facts.replace("\n", "; ") + "\n"
-        Path(arguments.markdown).write_text(
-            "\n".join([head, facts, *(render(table, markdown=True) for table in tables)])
-        )
+        Path(arguments.markdown).write_text(markdown_page("What AMVL costs", command, facts, tables))
 
 
 if __name__ == "__main__":

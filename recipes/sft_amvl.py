@@ -9,16 +9,25 @@ The real thing, every field overridable on the command line:
     accelerate launch recipes/sft_amvl.py --config recipes/configs/smolvlm_2b_single_gpu.yaml --learning_rate 5e-5
 """
 
+import logging
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from datasets import load_dataset, load_from_disk
+from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
-from trainer.data.monet import SUBSETS, read_monet
+from trainer.data.mixture import Mixture
+from trainer.data.prepare import report_of
+from trainer.data.reader import licence_text
+from trainer.data.report_page import save_report
+from trainer.data.sources import READERS, open_source
 from trainer.sft_trainer import model_type_of
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,15 +37,25 @@ class AMVLScriptArguments(ScriptArguments):
     dataset_format: str = field(
         default="trl",
         metadata={
-            "help": "`trl`: a dataset with `images`, `prompt`, `completion`; `monet`: Monet-SFT-125K. Hub id or local path."
+            "help": "`trl`, `monet`, `visual_cot`, `refocus`, `zebra_cot`, `llava` or `blink`: a Hub id or local path in that form; "
+            "`prepared`: what recipes/prepare_data.py wrote; `mixture`: the YAML file that it takes."
         },
     )
-    dataset_answer: str = field(
-        default="answer",
-        metadata={"help": "With `monet`: train on the `answer` alone or on `rationale` and answer."},
+    dataset_answer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on the `answer` alone, the default, or on `rationale` and answer, where a source has both."
+        },
     )
     dataset_subsets: list[str] | None = field(
-        default=None, metadata={"help": "With `monet`: the subsets to read, all by default."}
+        default=None, metadata={"help": "Subsets or configs to read, all by default; of JSON sources, the file."}
+    )
+    dataset_image_root: str | None = field(
+        default=None, metadata={"help": "Folder that the image paths of the rows start from, if not `dataset_name`."}
+    )
+    bad_rows: str | None = field(
+        default=None,
+        metadata={"help": "`drop`, the default, `repair` or `raise` for rows that cannot be trained on."},
     )
     # By default a new AMVL model gets the defaults of AMVLConfig, and a trained one keeps what it has.
     num_latents: int | None = field(default=None, metadata={"help": "Number of latent slots: 8, or as trained."})
@@ -44,10 +63,10 @@ class AMVLScriptArguments(ScriptArguments):
     latent_temperature: float | None = field(default=None, metadata={"help": "Default temperature of `generate`."})
     multipass: str | None = field(default=None, metadata={"help": "`auto`, `shared` or `full`, see AMVLConfig."})
     min_pixels: int | None = field(
-        default=None, metadata={"help": "Fewest pixels of an image, where the processor has it."}
+        default=None, metadata={"help": "Fewest pixels of an image, else as before; an error if nothing bounds them."}
     )
     max_pixels: int | None = field(
-        default=None, metadata={"help": "Most pixels of an image, where the processor has it."}
+        default=None, metadata={"help": "Most pixels of an image, else as before; an error if nothing bounds them."}
     )
     merge_lora: bool = field(
         default=True,
@@ -57,36 +76,98 @@ class AMVLScriptArguments(ScriptArguments):
     )
 
 
-def load_rows(arguments):
-    """Training rows, and evaluation rows or `None`."""
-    if arguments.dataset_format == "monet":
-        dataset, report = read_monet(
-            arguments.dataset_name, tuple(arguments.dataset_subsets or SUBSETS), arguments.dataset_answer
-        )
-        print(f"{arguments.dataset_name}: {report}")
-        return dataset, None
-    if arguments.dataset_format != "trl":
-        raise ValueError(f"`dataset_format` must be 'trl' or 'monet', got {arguments.dataset_format!r}.")
-    try:
-        splits = load_from_disk(arguments.dataset_name)
-    except FileNotFoundError:
-        splits = load_dataset(arguments.dataset_name, arguments.dataset_config, streaming=arguments.dataset_streaming)
-    if not isinstance(splits, dict):  # one dataset, saved without splits
-        splits = {arguments.dataset_train_split: splits}
-    if arguments.dataset_train_split not in splits:
-        raise ValueError(
-            f"`dataset_train_split` is {arguments.dataset_train_split!r}, but `{arguments.dataset_name}` has {list(splits)}."
-        )
-    evaluation = splits.get(arguments.dataset_test_split)
-    return splits[arguments.dataset_train_split], evaluation
+FORMATS = (*READERS, "prepared", "mixture")
+OF_THE_MIXTURE = ("dataset_answer", "dataset_subsets", "dataset_config", "dataset_image_root", "bad_rows")
+SHUFFLE_BUFFER = 256  # rows of a stream that are held to draw from
 
 
-def load_model(arguments, model_config):
-    """The AMVL model and its processor: a trained one, or a stock one wrapped."""
+def load_rows(arguments, processor, report_dir, with_evaluation=True, seed=0):
+    """
+    The rows of a run.
+
+    Args:
+        arguments ([`AMVLScriptArguments`]): which.
+        processor ([`AMVLProcessor`]): rows that it cannot take are dropped.
+        report_dir (`Path`): where the counts of reading go.
+        with_evaluation (`bool`, defaults to `True`): read the evaluation split, too.
+        seed (`int`, defaults to 0): of the order of a stream.
+
+    Returns:
+        `tuple[Dataset, Dataset | None, dict[str, DataReport]]`: training rows, evaluation rows, and the report of each split that
+        was read here.
+    """
+    name, streaming = arguments.dataset_name, arguments.dataset_streaming
+    if arguments.dataset_format not in FORMATS:
+        raise ValueError(f"`dataset_format` must be one of {FORMATS}, got {arguments.dataset_format!r}.")
+    if arguments.dataset_format in ("prepared", "mixture"):
+        given = [key for key in OF_THE_MIXTURE if getattr(arguments, key) is not None]
+        if given:
+            raise ValueError(f"{given} are settled by the mixture `{name}` and would change nothing: leave them out.")
+    if arguments.dataset_format == "mixture":
+        if streaming:
+            raise ValueError("`dataset_streaming=True` is not for a mixture: prepare it, and stream what that wrote.")
+        return Mixture.from_yaml(name).read(report_dir, processor)
+    if arguments.dataset_format == "prepared":
+        rows, reports = load_dataset(name, streaming=streaming), {}
+        licences = {source: values["licence"] for source, values in report_of(name)["sources"].items()}
+        rows["train"].info.license = licence_text(licences)
+    else:
+        settings = {
+            "config": arguments.dataset_subsets or arguments.dataset_config,
+            "answer": arguments.dataset_answer or "answer",
+            "bad_rows": arguments.bad_rows or "drop",
+            "image_root": arguments.dataset_image_root,
+            "streaming": streaming,
+            "processor": processor,
+        }
+        splits = {"train": arguments.dataset_train_split, "test": arguments.dataset_test_split}
+        readers = {}
+        for key, split in splits.items():
+            if key == "train" or (with_evaluation and split in readers["train"].splits() and split != splits["train"]):
+                readers[key] = open_source(
+                    arguments.dataset_format, name, split=split, report_dir=report_dir / key, **settings
+                )
+        rows = {key: reader.read()[0] for key, reader in readers.items()}
+        reports = {key: reader.report for key, reader in readers.items()}
+    train, test = rows["train"], rows.get("test") if with_evaluation else None
+    return train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streaming else train, test, reports
+
+
+def load_processor(arguments, model_config):
+    """The processor of a trained AMVL model, or a stock one wrapped, with the image budget asked for."""
     name, revision = model_config.model_name_or_path, model_config.model_revision
-    pixels = {
-        key: getattr(arguments, key) for key in ("min_pixels", "max_pixels") if getattr(arguments, key) is not None
-    }
+    is_amvl = model_type_of(name, revision=revision) == "amvl"
+    load = AMVLProcessor.from_pretrained if is_amvl else AMVLProcessor.from_backbone
+    budget = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    meant = {}
+    if arguments.dataset_format == "prepared":
+        meant = report_of(arguments.dataset_name)["settings"]
+    elif arguments.dataset_format == "mixture":
+        meant = vars(Mixture.from_yaml(arguments.dataset_name))
+    for key, value in budget.items():
+        if value is None:
+            budget[key] = meant.get(key)
+        elif meant.get(key) not in (None, value):
+            logger.warning(
+                "`%s` is %d, but `%s` is meant for %d: leave it out.", key, value, arguments.dataset_name, meant[key]
+            )
+    if arguments.min_pixels is arguments.max_pixels is None and any(budget.values()):
+        processor = load(name, revision=revision)
+        if "max_pixels" not in processor.image_budget:
+            logger.warning(
+                "`%s` is meant for an image budget of %s, which `%s` cannot be given: it uses %s.",
+                arguments.dataset_name,
+                budget,
+                name,
+                processor.image_budget,
+            )
+            return processor
+    return load(name, revision=revision, **budget)
+
+
+def load_model(arguments, model_config, processor):
+    """The AMVL model: a trained one, or a stock one wrapped."""
+    name, revision = model_config.model_name_or_path, model_config.model_revision
     settings = {
         "revision": revision,
         "dtype": model_config.dtype or "auto",
@@ -100,7 +181,6 @@ def load_model(arguments, model_config):
         if getattr(arguments, key) is not None
     }
     if model_type_of(name, revision=revision) == "amvl":
-        processor = AMVLProcessor.from_pretrained(name, revision=revision, **pixels)
         model = AMVLForConditionalGeneration.from_pretrained(name, **settings)
         for key, value in latents.items():
             if key in ("num_latents", "latent_size") and value != getattr(model.config, key):
@@ -108,12 +188,17 @@ def load_model(arguments, model_config):
                     f"`{key}` is {value}, but `{name}` was trained with {getattr(model.config, key)}: leave it out."
                 )
             setattr(model.config, key, value)
-        return model, processor
-    processor = AMVLProcessor.from_backbone(name, revision=revision, **pixels)
-    model = AMVLForConditionalGeneration.from_backbone(
+        return model
+    return AMVLForConditionalGeneration.from_backbone(
         name, latent_token_id=processor.latent_token_id, **latents, **settings
     )
-    return model, processor
+
+
+def save_reports(reports, report_dir, training_args):
+    """Writes and prints what has been read, on the main process."""
+    for split, report in reports.items() if training_args.process_index == 0 else ():
+        _, page = save_report(report, report_dir / split, f"{Path(training_args.output_dir).name}: {split}")
+        print(f"{split}: {report}\nLook at {page} before you train.")
 
 
 def main(arguments, training_args, model_config):
@@ -122,17 +207,24 @@ def main(arguments, training_args, model_config):
             "`model_name_or_path` and `dataset_name` are needed, in the YAML file or on the command line; without any "
             "argument the embedded default runs."
         )
-    train_dataset, eval_dataset = load_rows(arguments)
-    model, processor = load_model(arguments, model_config)
+    evaluates = training_args.eval_strategy != "no"
+    report_dir = Path(training_args.output_dir) / "data_report"
+    processor = load_processor(arguments, model_config)
+    train_dataset, eval_dataset, reports = load_rows(arguments, processor, report_dir, evaluates, training_args.seed)
+    if not arguments.dataset_streaming:
+        save_reports(reports, report_dir, training_args)
+    model = load_model(arguments, model_config, processor)
     trainer = AMVLSFTTrainer(
         model,
         training_args,
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
+        eval_dataset=eval_dataset if evaluates else None,
         processing_class=processor,
         peft_config=get_peft_config(model_config),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if arguments.dataset_streaming:  # read by now
+        save_reports(reports, report_dir, training_args)
     trainer.save_model(training_args.output_dir)
     if model_config.use_peft and arguments.merge_lora and trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

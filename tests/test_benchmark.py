@@ -90,12 +90,12 @@ def test_the_command_line_sets_the_cells():
     ],
 )
 def test_a_shape_has_its_number_of_parameters(arguments, num_parameters):
-    facts = benchmark_amvl.machine_facts(arguments)
+    facts = benchmark_amvl.facts_of(arguments)
     assert facts["num_parameters"] == num_parameters
 
 
 def test_num_layers_cuts_the_language_model():
-    facts = benchmark_amvl.machine_facts(BenchmarkArguments(shape="qwen2_5_vl_7b", num_layers=2))
+    facts = benchmark_amvl.facts_of(BenchmarkArguments(shape="qwen2_5_vl_7b", num_layers=2))
     assert facts["num_layers"] == 2 and 1e9 < facts["num_parameters"] < 3e9 and facts["dtype"] == "bfloat16"
 
 

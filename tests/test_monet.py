@@ -10,8 +10,9 @@ from PIL import Image
 
 from modeling_amvl import AMVLProcessor
 from trainer import AMVLDataCollator
-from trainer.data import monet
-from trainer.data.monet import BOXED_SUFFIX, SUBSETS, SYSTEM_PROMPT, boxed_text, read_monet
+from trainer.data import files
+from trainer.data.monet import BOXED_SUFFIX, SUBSETS, read_monet
+from trainer.data.rows import SYSTEM_PROMPT, boxed_text
 from trainer.demo import build_tiny_backbone
 
 
@@ -149,7 +150,7 @@ def test_rows_are_read_from_the_cache_of_the_hub_whose_files_are_links(tmp_path,
         asked.append((name, settings["repo_type"]))
         return str(snapshot)
 
-    monkeypatch.setattr(monet, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
     dataset, report = read_monet("NOVAglow646/Monet-SFT-125K", ("ReFocus",))
     assert asked == [("NOVAglow646/Monet-SFT-125K", "dataset")]
     assert len(dataset) == 1, str(report)
@@ -442,13 +443,20 @@ def test_a_subset_that_was_not_downloaded_is_refused(tmp_path):
         read_monet(str(tmp_path), ("ReFocus", "CogCoM"))
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [("train.json", '[{"data": '), ("train.json", '{"data": []}'), ("train.jsonl", '{"data": []}\n{"data"')],
-    ids=["cut short", "no list", "last line cut short"],
-)
-def test_a_file_that_holds_no_records_is_refused_by_its_name(tmp_path, file, content):
+@pytest.mark.parametrize("content", ['[{"data": ', '{"data": []}'], ids=["cut short", "no list"])
+def test_a_file_that_holds_no_records_is_refused_by_its_name(tmp_path, content):
     (tmp_path / "ReFocus").mkdir()
-    (tmp_path / "ReFocus" / file).write_text(content)
-    with pytest.raises(ValueError, match=rf"ReFocus.{file}"):
+    (tmp_path / "ReFocus" / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=r"ReFocus.train.json"):
         read_monet(str(tmp_path), ("ReFocus",))
+
+
+def test_a_line_cut_short_is_dropped_and_named(tmp_path):
+    write_subset(tmp_path, [make_record()], suffix=".jsonl")
+    (tmp_path / "ReFocus" / "train.json").unlink(missing_ok=True)
+    with (tmp_path / "ReFocus" / "train.jsonl").open("a") as file:
+        file.write('{"data"')
+    dataset, report = read_monet(str(tmp_path), ("ReFocus",))
+    assert len(dataset) == 1 and report.num_dropped == {"a line that is no JSON": 1}
+    (example,) = report.sources["ReFocus"].examples["a line that is no JSON"]
+    assert "train.jsonl, line 2" in example["detail"]

@@ -180,7 +180,7 @@ def test_every_launch_command_parses_with_flags_that_exist(monkeypatch):
         extra = ["--use_cpu", "true"] if "--config" in arguments else []
         parsed = TrlParser(classes).parse_args_and_config([*arguments, *extra])
         modes.append("real" if len(parsed) == 3 else "demo")
-    assert modes == ["demo", "real"]
+    assert modes == ["demo", "real", "real"]
 
 
 def test_a_flag_that_does_not_exist_would_be_noticed():

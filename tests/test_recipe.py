@@ -23,21 +23,29 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from trl import ModelConfig, TrlParser
 
 import trainer.demo
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import sft_amvl
+from recipes.prepare_data import PrepareArguments
 from trainer import AMVLSFTConfig
+from trainer.data.filters import load_filter
+from trainer.data.mixture import Mixture
 from trainer.data.photo_questions import KINDS, build_photo_questions
+from trainer.data.prepare import prepare
+from trainer.data.reader import Reader
 from trainer.demo import DemoArguments, build_tiny_backbone, run_demo
 from trainer.pictures import PANELS
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "recipes" / "sft_amvl.py"
-CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml"))
+CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("configs/*.yaml"))
+MIXTURES = sorted(
+    path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("mixtures/*.yaml")
+)
 DATACLASSES = (sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig)
 COLUMNS = ["chance", "constant", "base", "more SFT", "AMVL, prior Z", "AMVL, posterior Z", "AMVL, latents off"]
 
@@ -406,6 +414,72 @@ def test_the_monet_form_trains_and_tells_what_it_dropped(run_recipe, capsys):
     assert "kept 7 rows: ReFocus 7" in output and "dropped 1: no boxed answer, for example ReFocus/3" in output
 
 
+def test_what_was_dropped_is_written_down_for_people_and_programs(run_recipe):
+    folder = run_recipe(dataset="monet", dataset_format="monet", dataset_subsets=["ReFocus"])
+    report = json.loads((folder / "data_report" / "train" / "report.json").read_text())
+    assert report["total"] == {"read": 8, "kept": 7, "rows": 7, "dropped": 1, "not_sampled": 0}
+    assert report["sources"]["ReFocus"]["tokens"]["rows"] == 7
+    assert "no boxed answer" in (folder / "data_report" / "train" / "report.html").read_text()
+
+
+def test_a_stream_tells_at_its_end_what_it_dropped(run_recipe, capsys):
+    folder = run_recipe(
+        "--dataset_streaming", True, dataset="monet", dataset_format="monet", dataset_subsets=["ReFocus"], max_steps=4
+    )
+    assert_answers(folder)
+    report = json.loads((folder / "data_report" / "train" / "report.json").read_text())
+    assert report["total"]["dropped"] == 1 and "dropped 1: no boxed answer" in capsys.readouterr().out
+
+
+@pytest.fixture
+def prepared(local, tmp_path):
+    source = {"format": "trl", "name": str(local / "splits"), "licence": "mit"}
+    prepare(Mixture([source], [source | {"split": "test"}]), tmp_path / "prepared")
+    return str(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_prepared_dataset_is_trained_on_and_its_licences_reach_the_model_card(run_recipe, prepared, streaming):
+    flags = ("--dataset_streaming", streaming, "--eval_strategy", "steps", "--eval_steps", 2)
+    folder = run_recipe(*flags, dataset_format="prepared", dataset_name=prepared)
+    assert_answers(folder)
+    card = (folder / "README.md").read_text()
+    assert "- trl: mit" in card and re.search(r"\| prior \| \d+\.\d+ \|", card)
+
+
+def test_a_mixture_is_trained_on_without_being_prepared(run_recipe, local, tmp_path):
+    source = {"format": "trl", "name": str(local / "splits")}
+    mixture = {"sources": [{**source, "weight": 2, "source": "mine"}], "evaluation": [source | {"split": "test"}]}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+    flags = ("--eval_strategy", "steps", "--eval_steps", 2)
+    folder = run_recipe(*flags, dataset_format="mixture", dataset_name=str(tmp_path / "mixture.yaml"))
+    report = json.loads((folder / "data_report" / "train" / "report.json").read_text())
+    assert report["sources"]["mine"]["rows"] == 16 and "- mine: not stated" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"dataset_answer": "rationale"}, {"dataset_subsets": ["a"]}, {"bad_rows": "raise"}],
+    ids=lambda s: [*s][0],
+)
+def test_what_the_mixture_has_settled_is_not_asked_again(run_recipe, no_model, prepared, setting):
+    with pytest.raises(ValueError, match=rf"\['{[*setting][0]}'\] are settled by the mixture"):
+        run_recipe(dataset_format="prepared", dataset_name=prepared, **setting)
+
+
+def test_an_image_budget_that_the_processor_cannot_be_given_is_said(run_recipe, prepared, caplog):
+    report = json.loads(Path(prepared, "report.json").read_text())
+    report["settings"]["max_pixels"] = 1000
+    Path(prepared, "report.json").write_text(json.dumps(report))
+    run_recipe(dataset_format="prepared", dataset_name=prepared)
+    assert "is meant for an image budget of {'min_pixels': None, 'max_pixels': 1000}" in caplog.text
+
+
+def test_a_folder_that_was_not_prepared_is_not_taken_for_one(run_recipe, no_model, local):
+    with pytest.raises(ValueError, match="has no `report.json`"):
+        run_recipe(dataset_format="prepared")
+
+
 def test_a_trained_checkpoint_is_trained_on_with_its_own_latents(run_recipe):
     first = run_recipe()
     second = run_recipe(folder="second", model_name_or_path=str(first), num_latents=None, latent_size=None)
@@ -498,12 +572,14 @@ def test_a_missing_name_is_refused(run_recipe, no_model, name):
 
 
 def test_an_unknown_dataset_format_is_refused(run_recipe, no_model):
-    with pytest.raises(ValueError, match="`dataset_format` must be 'trl' or 'monet', got 'llava'"):
-        run_recipe(dataset_format="llava")
+    with pytest.raises(
+        ValueError, match="`dataset_format` must be one of .*'trl'.*'prepared', 'mixture'.*, got 'webdataset'"
+    ):
+        run_recipe(dataset_format="webdataset")
 
 
 def test_a_missing_split_is_refused_by_the_splits_there_are(run_recipe, no_model):
-    with pytest.raises(ValueError, match=r"`dataset_train_split` is 'training', but .* has \['train', 'test'\]"):
+    with pytest.raises(ValueError, match=r"`split` is 'training', but .* has \['train', 'test'\]"):
         run_recipe("--dataset_train_split", "training")
 
 
@@ -523,7 +599,8 @@ def test_quantization_asked_for_reaches_the_model(local, monkeypatch):
         sft_amvl.AMVLForConditionalGeneration, "from_backbone", lambda _, **settings: asked.append(settings)
     )
     config = ModelConfig(model_name_or_path=str(local / "stock"), load_in_8bit=True)
-    sft_amvl.load_model(sft_amvl.AMVLScriptArguments(), config)
+    processor = AMVLProcessor.from_backbone(local / "stock")
+    sft_amvl.load_model(sft_amvl.AMVLScriptArguments(), config, processor)
     assert asked[0]["quantization_config"].load_in_8bit
 
 
@@ -587,6 +664,28 @@ def test_the_values_are_those_of_the_paper_and_of_one_gpu(monkeypatch):
         assert (model_config.model_name_or_path, model_config.dtype) == (model, "bfloat16")
         assert model_config.use_peft == (name == "smolvlm_2b_single_gpu")
         assert (script.dataset_name, script.dataset_format) == ("NOVAglow646/Monet-SFT-125K", "monet")
+
+
+def test_every_yaml_file_is_a_config_or_a_mixture():
+    assert {*CONFIGS, *MIXTURES} == {
+        path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml")
+    }
+    assert MIXTURES
+
+
+@pytest.mark.parametrize("path", MIXTURES)
+def test_a_mixture_opens_with_the_command_that_runs_it_and_says_what_readers_know(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    command, script, *arguments = shlex.split(Path(path).read_text().splitlines()[0].removeprefix("# "))
+    assert (command, script) == ("python", "recipes/prepare_data.py")
+    (parsed,) = HfArgumentParser(PrepareArguments).parse_args_into_dataclasses(arguments)
+    assert parsed.mixture == path
+    mixture = Mixture.from_yaml(path)
+    for source in (*mixture.sources, *mixture.evaluation):
+        settings = set(source) - {"format", "name"}
+        assert settings <= set(inspect.signature(Reader).parameters), settings
+        for spec in source.get("filters", ()):
+            load_filter(spec)
 
 
 def test_the_recipe_tells_its_commands():

@@ -391,6 +391,7 @@ class AMVLSFTTrainer(SFTTrainer):
             metrics=self._last_evaluation,
             hub_model_id=self.hub_model_id,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
+            data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
         )
         card.save(str(Path(folder) / "README.md"))
 

@@ -1,3 +1,8 @@
 # Copyright 2026 The AMVL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Readers and builders of training rows: one file per source, each gives rows in TRL's prompt/completion format."""
+"""Training rows: readers of many sources, mixtures, reports, and rows made from photographs."""
+
+from .sources import open_source, read_rows
+
+
+__all__ = ["open_source", "read_rows"]

@@ -1,143 +1,128 @@
-"""Reads Monet-SFT-125K, the paper's mixture as others cleaned it, into `images`, `prompt` and `completion`."""
+"""Reads Monet-SFT-125K: the paper's sources (Visual-CoT, ReFocus, CogCoM, Zebra-CoT) as others cleaned them."""
 
-import json
 import re
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, Features, Image, List, Value
-from huggingface_hub import snapshot_download
+from .files import SourceFiles, is_hub_id
+from .reader import Draft, Reader
+from .rows import IMAGE, SYSTEM_PROMPT, BadRow, boxed_text, message, text_part
 
 
 SUBSETS = ("Visual_CoT", "CogCoM", "ReFocus", "Zebra_CoT_count", "Zebra_CoT_visual_search", "Zebra_CoT_geometry")
-SYSTEM_PROMPT = "You are a helpful assistant."
 # Two subsets ask for a boxed answer in a way that belongs to the task; elsewhere the sentence goes.
 BOXED_SUFFIX = "\nPut your final answer within \\boxed{}."
 KEEPS_SUFFIX = ("Zebra_CoT_count", "Zebra_CoT_visual_search")
+ROLES = {"system", "user", "assistant"}
 MARKERS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|</?observation>", re.DOTALL)
 
-_CONTENT = List({"type": Value("string"), "text": Value("string")})
-FEATURES = Features(
-    {
-        "images": List(Image()),
-        "prompt": List({"role": Value("string"), "content": _CONTENT}),
-        "completion": List({"role": Value("string"), "content": _CONTENT}),
-        "source": Value("string"),
-        "row_id": Value("string"),
-    }
-)
 
-
-@dataclass
-class ReadingReport:
-    """What a reader read, kept and dropped, with up to three examples per reason."""
-
-    kept: Counter = field(default_factory=Counter)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    num_dropped: Counter = field(default_factory=Counter)
-
-    def drop(self, reason, row_id):
-        self.num_dropped[reason] += 1
-        self.dropped.setdefault(reason, [])[3:] = []
-        if len(self.dropped[reason]) < 3:
-            self.dropped[reason].append(row_id)
-
-    def __str__(self):
-        lines = [f"kept {sum(self.kept.values())} rows: " + ", ".join(f"{k} {v}" for k, v in self.kept.items())]
-        for reason, number in self.num_dropped.items():
-            lines.append(f"dropped {number}: {reason}, for example {', '.join(self.dropped[reason])}")
-        return "\n".join(lines)
-
-
-def read_monet(name, subsets=SUBSETS, answer="answer", max_rows=None):
+class MonetReader(Reader):
     """
-    Monet-SFT-125K as training rows. Auxiliary images never enter x, nor does any text of the answer.
+    Monet-SFT-125K. `config` names some of its six folders; `name` is the folder of those, or its parent.
+
+    y is the content of the last `\\boxed{}`, or with `answer="rationale"` the assistant's text without auxiliary images,
+    markers and tags. The system text is replaced, as the dataset's own code does.
+    """
+
+    format = "monet"
+    hub_id = "NOVAglow646/Monet-SFT-125K"
+    default_licence = "not stated; the Zebra_CoT folders come from Zebra-CoT, CC-BY-NC-4.0"
+
+    def open_files(self):
+        self.configs = list(SUBSETS) if self.configs is None else self.configs
+        unknown = sorted(set(self.configs) - set(SUBSETS))
+        if unknown:
+            raise ValueError(f"`config` holds {unknown}, unknown to Monet-SFT-125K: choose among {SUBSETS}.")
+        wanted = ["README.md", *(pattern for s in self.configs for pattern in (f"{s}/*", f"*/{s}/*"))]
+        files = SourceFiles(
+            self.name, self.image_root, self.revision, wanted, lazy=self.streaming and is_hub_id(self.name)
+        )
+        if files.folder is not None and not any((files.folder / subset).is_dir() for subset in SUBSETS):
+            parents = [path for path in files.folder.iterdir() if any((path / s).is_dir() for s in SUBSETS)]
+            if len(parents) != 1:
+                raise ValueError(
+                    f"`{self.name}` holds none of the folders {SUBSETS}: give the folder of Monet-SFT-125K."
+                )
+            files = SourceFiles(parents[0], self.image_root or parents[0])
+        return files
+
+    def json_files(self):
+        found = {}
+        for subset in self.configs:
+            files = [path for suffix in ("json", "jsonl") for path in self.files.glob(f"{subset}/train.{suffix}")]
+            if not files:
+                raise ValueError(
+                    f"`{subset}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out."
+                )
+            found[subset] = files[:1]
+        return found
+
+    def id_of(self, record, number):
+        match record:
+            case {"metadata": {"sample_id": str() | int() as sample_id}}:
+                return str(sample_id)
+        return super().id_of(record, number)
+
+    def convert(self, record, subset):
+        turns = _turns(record)
+        if not {"user", "assistant"} <= set(turns):
+            raise BadRow("no user or no assistant turn")
+        return Draft(
+            images=[part["image"] for part in turns["user"] if part["type"] == "image"],
+            prompt=[
+                message("system", SYSTEM_PROMPT),
+                message("user", *(_question_part(part, subset) for part in turns["user"])),
+            ],
+            answer=self._answer("".join(part["text"] for part in turns["assistant"] if part["type"] == "text")),
+        )
+
+    def _answer(self, reply):
+        if self.answer == "answer":
+            if (answer := boxed_text(reply)) is None:
+                raise BadRow("no boxed answer")
+            return answer
+        text = re.sub(r"[ \t]{2,}", " ", MARKERS.sub("", reply)).strip()
+        if not text:
+            raise BadRow("no text in the reply")
+        return text
+
+
+def read_monet(name, subsets=SUBSETS, answer="answer", max_rows=None, **settings):
+    """
+    Monet-SFT-125K as training rows: [`MonetReader`] in one call.
 
     Args:
         name (`str`): Hub id, or a local copy: the folder of the subsets, or its parent.
         subsets (`tuple[str]`): which of the six folders to read.
-        answer (`"answer"` or `"rationale"`, defaults to `"answer"`): y is the boxed answer alone, or the assistant's text
-            without auxiliary images, markers and tags. Which of them the paper trains on is not stated.
+        answer (`"answer"` or `"rationale"`, defaults to `"answer"`): what y is.
         max_rows (`int`, *optional*): most rows of each subset.
+        **settings: of [`Reader`].
 
     Returns:
-        `tuple[Dataset, ReadingReport]`: columns `images`, `prompt`, `completion`, `source`, `row_id`.
-
-    Raises:
-        ValueError: an unknown subset or form of answer, a folder that holds no subset, a file that holds no records, or
-            records of which none can be trained on.
+        `tuple[Dataset, DataReport]`: columns `images`, `prompt`, `completion`, `source`, `row_id`.
     """
-    if answer not in ("answer", "rationale"):
-        raise ValueError(f"`answer` must be 'answer' or 'rationale', got {answer!r}.")
-    unknown = sorted(set(subsets) - set(SUBSETS))
-    if unknown:
-        raise ValueError(f"`subsets` holds {unknown}, unknown to Monet-SFT-125K: choose among {SUBSETS}.")
-    root = Path(name)
-    if not root.exists():
-        wanted = [pattern for subset in subsets for pattern in (f"{subset}/*", f"*/{subset}/*")]
-        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
-    # In the Hub's cache files are links to blobs/, beside snapshots/.
-    blobs = [root.resolve().parents[1] / "blobs"] if root.resolve().parent.name == "snapshots" else []
-    if not any((root / subset).is_dir() for subset in SUBSETS):
-        parents = [path for path in root.iterdir() if path.is_dir() and any((path / s).is_dir() for s in SUBSETS)]
-        if len(parents) != 1:
-            raise ValueError(f"`{name}` holds none of the folders {SUBSETS}: give the folder of Monet-SFT-125K.")
-        root = parents[0]
-    folders, report, rows = [root.resolve(), *blobs], ReadingReport(), []
-    for subset in subsets:
-        records = _records(root / subset)
-        for number, record in enumerate(records[:max_rows]):
-            row_id = f"{subset}/{_sample_id(record, number)}"
-            row, reason = _read_record(record, root, folders, subset, answer)
-            if row is None:
-                report.drop(reason, row_id)
-            else:
-                report.kept[subset] += 1
-                rows.append({**row, "source": subset, "row_id": row_id})
-    if not rows:
-        raise ValueError(f"`{name}` has no row that can be trained on: {report}")
-    return Dataset.from_list(rows, features=FEATURES), report
+    return MonetReader(name, config=list(subsets), answer=answer, max_rows=max_rows, **settings).read()
 
 
-def _records(folder):
-    for path in (folder / "train.json", folder / "train.jsonl"):
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            try:
-                if path.suffix == ".jsonl":
-                    return [json.loads(line) for line in text.split("\n") if line.strip()]
-                records = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`{path}` is no JSON ({error}): download it again.") from error
-            if not isinstance(records, list):
-                raise ValueError(f"`{path}` holds a {type(records).__name__}: it must be a list of records.")
-            return records
-    raise ValueError(
-        f"`{folder.name}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out."
-    )
-
-
-def _sample_id(record, number):
-    match record:
-        case {"metadata": {"sample_id": sample_id}}:
-            return sample_id
-    return f"record {number}"
+def _question_part(part, subset):
+    if part["type"] == "image":
+        return IMAGE
+    return text_part(part["text"] if subset in KEEPS_SUFFIX else part["text"].replace(BOXED_SUFFIX, ""))
 
 
 def _turns(record):
-    """The parts of each role's turn, or `None` where a record has another shape than Monet's."""
+    """The parts of each role's turn."""
+    turns = {}
     match record:
         case {"data": [*data]}:
-            turns = {}
+            pass
         case _:
-            return None
+            data = [None]
     for turn in data:
         match turn:
-            case {"role": str(role), "content": [*parts]} if role not in turns and all(map(_is_part, parts)):
+            case {"role": str(role), "content": [*parts]} if role in ROLES - set(turns) and all(map(_is_part, parts)):
                 turns[role] = parts
             case _:
-                return None
+                raise BadRow("not one turn each of system, user and assistant, made of texts and images")
     return turns
 
 
@@ -146,48 +131,3 @@ def _is_part(part):
         case {"type": "text", "text": str()} | {"type": "image", "image": str()}:
             return True
     return False
-
-
-def _read_record(record, root, folders, subset, answer):
-    turns = _turns(record)
-    if turns is None:
-        return None, "not one turn each of system, user and assistant, made of texts and images"
-    if not {"user", "assistant"} <= set(turns):
-        return None, "no user or no assistant turn"
-    images, content = [], []
-    for part in turns["user"]:
-        if part["type"] == "image":
-            path = root / part["image"]
-            if "\0" in part["image"] or not any(path.resolve().is_relative_to(folder) for folder in folders):
-                return None, "an image outside the data folder"
-            if not path.is_file():
-                return None, "an image file that is missing"
-            images.append(str(path))
-            content.append({"type": "image", "text": None})
-        else:
-            text = part["text"] if subset in KEEPS_SUFFIX else part["text"].replace(BOXED_SUFFIX, "")
-            content.append({"type": "text", "text": text})
-    if not images:
-        return None, "no image in the question"
-    reply = "".join(part["text"] for part in turns["assistant"] if part["type"] == "text")
-    boxed = boxed_text(reply)
-    text = boxed if answer == "answer" else re.sub(r"[ \t]{2,}", " ", MARKERS.sub("", reply)).strip()
-    if not text:
-        return None, "no boxed answer" if answer == "answer" else "no text in the reply"
-    system = {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]}
-    completion = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-    return {"images": images, "prompt": [system, {"role": "user", "content": content}], "completion": completion}, None
-
-
-def boxed_text(text):
-    """The content of the last `\\boxed{...}`, braces inside it balanced, or `None`."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip() or None
-    return None

@@ -1,0 +1,343 @@
+"""Measures how fast rows are read, prepared and collated, and what of a step of the embedded default that is.
+
+    python recipes/benchmark_data.py --markdown recipes/BENCHMARKS_DATA.md
+
+Small sources of every format are written to a temporary folder, with photographs of scikit-image as JPEG (512 x 384). Each is
+streamed through a `DataLoader` with 1 and with 2 workers, from the first row that arrives to the last: the record is parsed,
+its image found, opened, checked and decoded twice (to an eighth by the check, whole by `datasets`). Preparing reads, checks and
+writes parquet, start of the processes included. The collator gets rows of the embedded default, pictures of 48 x 48 pixels in
+batches of 64, once decoded and once with their decoding by `datasets`.
+
+A step is forward, backward and optimizer of the embedded default with one thread, as it trains. What matters to a run is how long
+it waits for a batch: measured in the loop of a `DataLoader` that makes a step of each batch.
+"""
+
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser
+
+from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from trainer import AMVLDataCollator
+from trainer.data.mixture import Mixture
+from trainer.data.photo_questions import build_photo_questions
+from trainer.data.photos import SCIKIT_IMAGE_PHOTOS
+from trainer.data.prepare import prepare
+from trainer.data.sources import READERS, read_rows
+from trainer.demo import DemoArguments, build_tiny_backbone
+from trainer.measuring import facts_line, machine_facts, markdown_page, render, spread
+from trainer.objective import amvl_loss
+
+
+SIZE = (512, 384)  # pixels of a photograph
+WORKERS = (1, 2)
+
+
+@dataclass
+class DataBenchmarkArguments:
+    """How much is measured."""
+
+    num_rows: int = field(default=1000, metadata={"help": "Rows of each source, and of the collator's."})
+    rounds: int = field(default=3, metadata={"help": "Rounds; the tables show the median."})
+    markdown: str | None = field(default=None, metadata={"help": "File that the tables are also written to."})
+
+    def __post_init__(self):
+        for name, least in (("num_rows", 128), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def photographs(number):
+    """JPEG bytes of photographs, over and over."""
+    root, encoded = resources.files("skimage") / "data", []
+    for name in SCIKIT_IMAGE_PHOTOS:
+        with (root / name).open("rb") as file, Image.open(file) as photo:
+            buffer = io.BytesIO()
+            photo.convert("RGB").resize(SIZE).save(buffer, format="JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return [encoded[index % len(encoded)] for index in range(number)]
+
+
+def write_files(folder, images):
+    (folder / "images").mkdir(parents=True)
+    for number, image in enumerate(images):
+        (folder / "images" / f"{number}.jpg").write_bytes(image)
+
+
+def turns(*texts):
+    return [{"from": who, "value": text} for who, text in zip(("human", "gpt") * 2, texts)]
+
+
+def write_llava(folder, images):
+    write_files(folder, images)
+    records = [
+        {"image": f"images/{n}.jpg", "conversations": turns("<image>\nWhat is it?", f"photo {n}")}
+        for n in range(len(images))
+    ]
+    (folder / "rows.json").write_text(json.dumps(records))
+
+
+def write_visual_cot(folder, images):
+    write_files(folder, images)
+    question = "<image>\nWhat is it? Please provide the bounding box coordinate of the region that helps."
+    records = [
+        {
+            "image": [f"images/{n}.jpg", f"images/{n}.jpg###[1, 2, 3, 4]"],
+            "conversations": turns(question, "[0.1, 0.2, 0.3, 0.4]", "<image>", f"photo {n}"),
+        }
+        for n in range(len(images))
+    ]
+    (folder / "viscot_363k.json").write_text(json.dumps(records))
+
+
+def write_monet(folder, images):
+    write_files(folder / "ReFocus", images)
+    records = []
+    for n in range(len(images)):
+        user = [{"type": "image", "image": f"ReFocus/images/{n}.jpg"}, {"type": "text", "text": "What is it?"}]
+        reply = [{"type": "text", "text": f"I look. It is \\boxed{{photo {n}}}."}]
+        data = [{"role": role, "content": content} for role, content in (("user", user), ("assistant", reply))]
+        records.append({"metadata": {"dataset_name": "ReFocus", "sample_id": str(n)}, "data": data})
+    (folder / "ReFocus" / "train.json").write_text(json.dumps(records))
+
+
+def write_table(columns_of):
+    """A writer of parquet: `columns_of` gives a row's columns from its number and image."""
+
+    def write(folder, images):
+        folder.mkdir(parents=True)
+        rows = [columns_of(n, {"bytes": image, "path": None}) for n, image in enumerate(images)]
+        features = {
+            name: datasets.Image()
+            if "image" in name and name != "images"
+            else datasets.List(datasets.Image())
+            if name == "images"
+            else datasets.Value("string")
+            for name in rows[0]
+        }
+        table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+        for part in range(2):  # a file for each worker
+            table.shard(2, part).to_parquet(folder / f"train-{part:05d}-of-00002.parquet")
+
+    return write
+
+
+WRITERS = {
+    "monet": write_monet,
+    "visual_cot": write_visual_cot,
+    "llava": write_llava,
+    "refocus": write_table(
+        lambda n, image: {"image": image, "question": "What is it?", "answer": f"photo {n}", "thoughts": "I look."}
+    ),
+    "zebra_cot": write_table(
+        lambda n, image: {
+            "Question": "What is it? <image_start>[problem_image_1]<image_end>",
+            "Text Reasoning Trace": "THOUGHT 0: I look.",
+            "Final Answer": f"photo {n}",
+            "problem_image_1": image,
+        }
+    ),
+    "trl": write_table(lambda n, image: {"images": [image], "prompt": "What is it?", "completion": f"photo {n}"}),
+    "blink": write_table(lambda n, image: {"image_1": image, "prompt": "What is it?", "answer": f"photo {n}"}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_per_second(dataset, num_workers, collate):
+    """From the first batch that arrives to the last, so that the start of the workers does not count."""
+    counts, start = [], None
+    for batch in DataLoader(dataset, batch_size=32, num_workers=num_workers, collate_fn=collate):
+        start = time.perf_counter() if start is None else start
+        counts.append(len(batch))
+    return sum(counts[1:]) / (time.perf_counter() - start)
+
+
+def rows_of(batch):
+    return batch
+
+
+def measure_readers(arguments, root):
+    images = photographs(arguments.num_rows)
+    table = []
+    for name in READERS:
+        WRITERS[name](root / name, images)
+        with quiet():
+            dataset, _ = read_rows(
+                name, str(root / name), config="ReFocus" if name == "monet" else None, streaming=True
+            )
+        speeds = [
+            [rows_per_second(dataset, num_workers, rows_of) for _ in range(arguments.rounds)]
+            for num_workers in WORKERS
+        ]
+        table.append([name, *(f"{statistics.median(values):.0f}" for values in speeds)])
+        print(f"read {name}", file=sys.stderr)
+    return "Rows per second of a reader", ["source", "1 worker", "2 workers"], table
+
+
+def measure_preparing(arguments, root):
+    seconds = []
+    for num_proc in WORKERS:
+        mixture = Mixture(
+            [{"format": "llava", "name": str(root / "llava")}, {"format": "refocus", "name": str(root / "refocus")}]
+        )
+        start = time.perf_counter()
+        with quiet():
+            prepare(mixture, root / f"prepared {num_proc}", num_proc)
+        seconds.append(2 * arguments.num_rows / (time.perf_counter() - start))
+    row = ["llava and refocus to parquet", *(f"{value:.0f}" for value in seconds)]
+    return (
+        "Rows per second of `prepare`, processes started and report written",
+        ["mixture", "1 process", "2 processes"],
+        [row],
+    )
+
+
+def demo_step(processor, backbone, settings):
+    """A function that makes one training step of the embedded default from a batch."""
+    model = AMVLForConditionalGeneration.from_backbone(
+        backbone,
+        num_latents=settings.num_latents,
+        latent_size=settings.latent_size,
+        latent_token_id=processor.latent_token_id,
+    )
+    model.backbone.get_encoder(modality="image").requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step(batch):
+        output = model(**batch, decode_prior=settings.prior_ntp_weight > 0)
+        loss, _ = amvl_loss(
+            output["loss"],
+            (output["prior_mean"], output["prior_log_variance"]),
+            (output["posterior_mean"], output["posterior_log_variance"]),
+            settings.beta,
+            settings.gamma,
+            prior_ntp=output["prior_loss"] if settings.prior_ntp_weight > 0 else None,
+            prior_ntp_weight=settings.prior_ntp_weight,
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_collator(arguments):
+    """Rows per second of the collator, and the share of a loop of steps that is spent waiting for batches."""
+    settings = DemoArguments()
+    size = settings.batch_size
+    backbone, stock_processor = build_tiny_backbone(seed=0)
+    processor = AMVLProcessor.from_backbone(stock_processor)
+    collator, step = AMVLDataCollator(processor), demo_step(processor, backbone, settings)
+    rows = build_photo_questions(arguments.num_rows // size * size).select_columns(["images", "prompt", "completion"])
+    decoded = rows[:size]
+    decoded = [{key: values[n] for key, values in decoded.items()} for n in range(size)]
+    batch = collator(decoded)
+    times = {"step": [], "collator": [], "decoding": []}
+    for _ in range(10 * arguments.rounds):
+        for name, function in (
+            ("step", lambda: step(batch)),
+            ("collator", lambda: collator(decoded)),
+            ("decoding", lambda: rows[:size]),
+        ):
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    shares = {
+        name: [mine / base for mine, base in zip(times[name], times["step"])] for name in ("collator", "decoding")
+    }
+    speeds = [
+        statistics.median(
+            rows_per_second_of_batches(rows, num_workers, collator, size) for _ in range(arguments.rounds)
+        )
+        for num_workers in WORKERS
+    ]
+    waits = [
+        statistics.median(waiting_share(rows, num_workers, collator, step, size) for _ in range(arguments.rounds))
+        for num_workers in (0, *WORKERS)
+    ]
+    speed = ["decoding and collator", *(f"{value:.0f}" for value in speeds)]
+    table = [
+        ["step, ms", f"{1000 * statistics.median(times['step']):.1f}"],
+        *([f"{name} / step", spread(_spread_of(values))] for name, values in shares.items()),
+        *(
+            [f"waiting for batches / loop, {number} workers", f"{share:.3f}"]
+            for number, share in zip((0, *WORKERS), waits)
+        ),
+    ]
+    return [
+        ("Rows per second of the collator, embedded default", ["", "1 worker", "2 workers"], [speed]),
+        ("The collator in the embedded default, batches of 64, one thread", ["", "median (min-max)"], table),
+    ]
+
+
+def _spread_of(values):
+    return statistics.median(values), min(values), max(values)
+
+
+def rows_per_second_of_batches(rows, num_workers, collator, size):
+    loader, counts, start = DataLoader(rows, batch_size=size, num_workers=num_workers, collate_fn=collator), [], None
+    for batch in loader:
+        start = time.perf_counter() if start is None else start
+        counts.append(len(batch["input_ids"]))
+    return sum(counts[1:]) / (time.perf_counter() - start)
+
+
+def waiting_share(rows, num_workers, collator, step, size):
+    """The share of a loop over batches, a step each, that is spent waiting for the next batch; the first does not count."""
+    batches = iter(DataLoader(rows, batch_size=size, num_workers=num_workers, collate_fn=collator))
+    step(next(batches))
+    waited, start = 0.0, time.perf_counter()
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            return waited / (time.perf_counter() - start)
+        step(batch)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the progress bars."""
+    datasets.disable_progress_bars()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+    datasets.enable_progress_bars()
+
+
+def main(arguments):
+    torch.set_num_threads(1)
+    facts = f"{arguments.num_rows} rows, {arguments.rounds} rounds\n{facts_line(machine_facts())}"
+    tables = measure_collator(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        tables += [measure_readers(arguments, Path(folder)), measure_preparing(arguments, Path(folder))]
+    print("\n".join([facts, "", *(render(table, markdown=False) for table in tables)]))
+    if arguments.markdown is not None:
+        command = " ".join(["python recipes/benchmark_data.py", *sys.argv[1:]])
+        Path(arguments.markdown).write_text(markdown_page("How fast rows come", command, facts, tables))
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(DataBenchmarkArguments).parse_args_into_dataclasses())

@@ -1,0 +1,336 @@
+"""A mixture becomes parquet shards: the right rows, as often as asked, once each, also after the process was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from trainer.data import prepare as prepare_module
+from trainer.data.mixture import Mixture
+from trainer.data.prepare import prepare, report_of
+from trainer.data.reader import RECORDS_PER_SHARD
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def picture(seed, size=(64, 48)):
+    """A picture with enough of a pattern for a perceptual hash."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_llava(folder, num_rows, first=0, seed=None, answer="a{}"):
+    """LLaVA-style rows with a picture each; `seed` gives all of them the same picture."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for number in range(first, first + num_rows):
+        picture(number if seed is None else seed).save(folder / "images" / f"{number}.png")
+        turns = [("human", f"<image>\nquestion {number}?"), ("gpt", answer.format(number))]
+        records.append(
+            {
+                "id": str(number),
+                "image": f"images/{number}.png",
+                "conversations": [{"from": who, "value": text} for who, text in turns],
+            }
+        )
+    (folder / "rows.json").write_text(json.dumps(records))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        "many": write_llava(folder / "many", 40),
+        "few": write_llava(folder / "few", 10, first=100, answer="a rather long answer {}"),
+        "held out": write_llava(folder / "held out", 3, first=5),  # the pictures of three rows of `many`
+    }
+
+
+def source(name, **settings):
+    return {"format": "llava", "name": name, **settings}
+
+
+def rows_of(folder, split="train"):
+    return datasets.load_dataset(str(folder), split=split, cache_dir=str(folder.with_name("cache")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(sources, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "mix"
+    mixture = Mixture(
+        sources=[
+            source(sources["many"], source="many", licence="mit"),
+            source(sources["few"], source="few", weight=2, licence="cc-by-4.0"),
+        ],
+        evaluation=[source(sources["held out"], source="held out")],
+    )
+    return folder, prepare(mixture, folder)
+
+
+def test_rows_have_their_columns_their_pictures_and_their_weight(prepared):
+    folder, _ = prepared
+    rows = rows_of(folder)
+    assert rows.column_names == ["images", "prompt", "completion", "source", "row_id"]
+    assert Counter(rows["source"]) == {"many": 37, "few": 20}  # of 40, three pictures are in the evaluation
+    for row in rows:
+        number = int(row["completion"][0]["content"][0]["text"].rsplit(" ", 1)[-1].lstrip("a"))
+        assert np.array_equal(np.asarray(row["images"][0]), np.asarray(picture(number)))
+        assert f"question {number}?" in row["prompt"][0]["content"][1]["text"]
+    copies = Counter(
+        row_id.split(" copy")[0] for row_id in rows["row_id"] if int(row_id.strip("/").split(" ")[0]) >= 100
+    )
+    assert set(copies.values()) == {2} and len(set(rows["row_id"])) == len(rows)
+
+
+def test_images_are_inline_and_the_sources_interleaved(prepared):
+    folder, _ = prepared
+    raw = rows_of(folder).with_format("arrow")[:]
+    assert all(image["bytes"] for row in raw["images"].to_pylist() for image in row)
+    assert sorted(path.name for path in (folder / "data").iterdir()) == [
+        "test-00000-of-00001.parquet",
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+    ]
+
+
+def test_no_training_row_shares_a_picture_with_the_evaluation(prepared):
+    folder, reports = prepared
+    held_out = {row["images"][0].tobytes() for row in rows_of(folder, "test")}
+    assert len(held_out) == 3
+    assert not held_out & {row["images"][0].tobytes() for row in rows_of(folder)}
+    reason = "an image that is also in the evaluation rows"
+    assert reports["train"].num_dropped == {reason: 3}
+    assert [row_id.split("/")[-1] for row_id in reports["train"].dropped[reason]] == ["5", "6", "7"]
+
+
+def test_a_resized_recompressed_copy_counts_as_the_same_picture(tmp_path):
+    train = write_llava(tmp_path / "train", 6)
+    evaluation = write_llava(tmp_path / "evaluation", 1, first=2)
+    picture(2, (640, 480)).save(tmp_path / "train" / "images" / "2.jpg", quality=40)
+    (tmp_path / "train" / "images" / "2.png").unlink()
+    records = json.loads((tmp_path / "train" / "rows.json").read_text().replace("2.png", "2.jpg"))
+    (tmp_path / "train" / "rows.json").write_text(json.dumps(records))
+    prepare(Mixture([source(train)], [source(evaluation)]), tmp_path / "mix")
+    answers = {row["completion"][0]["content"][0]["text"] for row in rows_of(tmp_path / "mix")}
+    assert answers == {"a0", "a1", "a3", "a4", "a5"}
+
+
+def test_pictures_that_show_nothing_are_no_copies_of_each_other(tmp_path):
+    for name, color in (("train", "white"), ("evaluation", "black")):
+        write_llava(tmp_path / name, 2, first=2 * (name == "train"))
+        Image.new("RGB", (64, 48), color).save(tmp_path / name / "images" / f"{2 * (name == 'train')}.png")
+    mixture = Mixture([source(str(tmp_path / "train"))], [source(str(tmp_path / "evaluation"))])
+    assert prepare(mixture, tmp_path / "mix")["train"].kept == {"llava": 2}
+
+
+def test_the_report_adds_up_and_the_card_names_licences_and_files(prepared):
+    folder, _ = prepared
+    total = report_of(str(folder))["total"]
+    assert total == {"read": 50, "kept": 47, "rows": 57, "dropped": 3, "not_sampled": 0}  # ten rows twice
+    card = (folder / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["license"] == "other"
+    files = metadata["configs"][0]["data_files"]
+    assert files == [{"split": name, "path": f"data/{name}-*.parquet"} for name in ("train", "test")]
+    assert "| train | many | 37 | 64.9% | mit |" in card and "| cc-by-4.0 |" in card
+    assert "an image that is also in the evaluation rows | 3 |" in card
+    assert Image.open(folder / "contact_sheet.jpg").width > 100
+    assert "question 39?" in (folder / "report.html").read_text()
+    assert "question 5?" in (folder / "report_test.html").read_text()
+
+
+def test_a_fraction_of_a_source_is_the_same_rows_each_time(sources, tmp_path):
+    drawn = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(drawn))
+        prepare(Mixture([source(sources["many"], weight=0.5)], seed=seed), folder)
+        drawn.append(rows_of(folder)["row_id"])
+        total = report_of(str(folder))["total"]
+        assert total["kept"] + total["not_sampled"] == total["read"] == 40
+    assert drawn[0] == drawn[1] != drawn[2] and 8 <= len(drawn[0]) <= 32
+
+
+def test_filters_are_named_and_counted(sources, tmp_path):
+    (tmp_path / "own.py").write_text("def odd(row):\n    return int(row['row_id'].split('/')[-1]) % 2\n")
+    filters = [{"trainer.data.filters.answer_words": {"most": 2}}, f"{tmp_path}/own.py:odd"]
+    mixture = Mixture([source(sources[name], filters=filters) for name in ("many", "few")])
+    reports = prepare(mixture, tmp_path / "mix")
+    assert len(rows_of(tmp_path / "mix")) == 20
+    names = ["the filter `trainer.data.filters.answer_words`", "the filter `own.py:odd`"]
+    assert reports["train"].num_dropped == dict(zip(names, (10, 20), strict=True))
+
+
+def test_two_processes_write_what_one_writes(sources, tmp_path):
+    mixture = Mixture([source(sources["many"]), source(sources["few"])], [source(sources["held out"])])
+    contents = []
+    for num_proc in (1, 2):
+        prepare(mixture, tmp_path / str(num_proc), num_proc)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / str(num_proc) / "data").iterdir()})
+        contents[-1]["report"] = report_of(str(tmp_path / str(num_proc)))
+    assert contents[0] == contents[1] and len(contents[0]) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cut short
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("trainer.data.reader.RECORDS_PER_SHARD", 7)
+
+
+def test_a_run_cut_short_goes_on_with_what_is_left(sources, tmp_path, small_shards, monkeypatch):
+    mixture = Mixture([source(sources["many"]), source(sources["few"])], [source(sources["held out"])])
+    whole = prepare(mixture, tmp_path / "whole")
+    write, written = prepare_module._write_shard, []
+
+    def write_four(reader, place, *arguments):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(place)
+        return write(reader, place, *arguments)
+
+    monkeypatch.setattr(prepare_module, "_write_shard", write_four)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(mixture, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "data").exists()
+    monkeypatch.setattr(
+        prepare_module, "_write_shard", lambda *arguments: written.append(arguments[1]) or write(*arguments)
+    )
+    again = prepare(mixture, tmp_path / "cut")
+    assert len(written) == 1 + 6 + 2  # each shard once
+    assert again["train"].to_dict() == whole["train"].to_dict()
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "data").iterdir()} for name in ("cut", "whole")
+    ]
+    assert files[0] == files[1]
+    prepare(mixture, tmp_path / "cut")  # and once more: nothing is left to do
+    assert len(written) == 9
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_loses_nothing(tmp_path):
+    rows = write_llava(tmp_path / "rows", 2 * RECORDS_PER_SHARD, seed=1)
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": [source(rows)]}))
+    command = [
+        sys.executable,
+        str(REPOSITORY / "recipes" / "prepare_data.py"),
+        "--mixture",
+        str(tmp_path / "mix.yaml"),
+    ]
+    command += ["--output_dir", str(tmp_path / "mix"), "--num_proc", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "mix" / "work").rglob(".0*")):  # a shard that is being written
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "mix" / "data").exists()
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert f"kept {2 * RECORDS_PER_SHARD} rows" in finished.stdout and "report.html" in finished.stdout
+    assert len(set(rows_of(tmp_path / "mix")["row_id"])) == 2 * RECORDS_PER_SHARD
+
+
+def test_a_folder_of_something_else_is_refused(sources, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep me")
+    mixture = Mixture([source(sources["few"])])
+    with pytest.raises(ValueError, match=r"`output_dir` \(.*notes\) is not empty"):
+        prepare(mixture, tmp_path / "notes")
+    prepare(mixture, tmp_path / "mix")
+    with pytest.raises(ValueError, match="another mixture"):
+        prepare(Mixture([source(sources["few"], weight=2)]), tmp_path / "mix")
+
+
+def test_nothing_to_train_on_is_refused_with_the_reasons(sources, tmp_path):
+    filters = [{"trainer.data.filters.answer_words": {"most": 0}}]
+    with pytest.raises(ValueError, match=r"no row that can be trained on(.|\n)*answer_words"):
+        prepare(Mixture([source(sources["few"], filters=filters)]), tmp_path / "mix")
+
+
+def test_a_bad_row_stops_it_if_asked(sources, tmp_path):
+    rows = write_llava(tmp_path / "rows", 3)
+    (tmp_path / "rows" / "images" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Row '.*1' of .*an image that cannot be read .*bad_rows='drop'"):
+        prepare(Mixture([source(rows)], bad_rows="raise"), tmp_path / "mix")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The YAML file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have a key `sources`"),
+        ("- a", "must have a key `sources`"),
+        ("sources: {format: llava}", "`sources` must be a list"),
+        ("sources: []", "`sources` is empty"),
+        ("answer: answer", "has no `sources`"),
+        ("sources: [{format: webdataset}]", "`sources` number 1 .* must have a `format`, one of"),
+        ("sources: [{format: trl, name: x}]\nevaluation: [7]", "`evaluation` number 1"),
+        ("sources: [{format: trl, name: x}]\nweights: [1]", r"keys \['weights'\]"),
+        ("sources: [{format: trl, name: x}]\nanswer: both", "`answer` must be one of"),
+        ("sources: [{format: trl, name: x}]\nbad_rows: ignore", "`bad_rows` must be one of"),
+        ("sources: [{format: trl, name: x}]\nmax_pixels: 10", r"`max_pixels` \(10\) .* name a `processor`"),
+        ("sources: [{format: trl, name: x}]\nseed: many", "`seed` must be a whole number, got 'many'"),
+        ("sources: [", "is no YAML"),
+    ],
+)
+def test_a_mixture_that_cannot_be_meant_is_refused(tmp_path, text, message):
+    (tmp_path / "mix.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Mixture.from_yaml(tmp_path / "mix.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 0}, "`weight` must be a number above 0, got 0"),
+        ({"weight": "half"}, "`weight` must be a number above 0, got 'half'"),
+        ({"wieght": 1}, r"is given \['wieght'\], which no reader knows"),
+        ({"filters": ["trainer.data.filters.no_such"]}, "`filters` names 'trainer.data.filters.no_such'"),
+        ({"filters": [7]}, "`filters` holds 7"),
+        ({"name": "nowhere/at/all"}, "`nowhere/at/all` is neither"),
+        ({"max_rows": 0}, "`max_rows` must be at least 1, got 0"),
+        ({"image_root": "nowhere"}, "`image_root` must be an existing folder, got 'nowhere'"),
+    ],
+)
+def test_a_source_that_cannot_be_meant_is_refused_before_anything_is_written(sources, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(Mixture([source(sources["few"]) | settings]), tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+
+
+def test_a_source_that_is_listed_twice_is_refused(sources, tmp_path):
+    with pytest.raises(ValueError, match="train source number 3, .*few`, is listed before with the same settings"):
+        prepare(Mixture([source(sources["few"]), source(sources["many"]), source(sources["few"])]), tmp_path / "mix")
+    prepare(Mixture([source(sources["few"]), source(sources["few"], weight=2)]), tmp_path / "mix")
+    assert len(rows_of(tmp_path / "mix")) == 30
+
+
+@pytest.mark.parametrize("num_proc", [0, -1, 1.5, True])
+def test_a_number_of_processes_that_cannot_be_is_refused(sources, tmp_path, num_proc):
+    with pytest.raises(ValueError, match="`num_proc` must be at least 1"):
+        prepare(Mixture([source(sources["few"])]), tmp_path / "mix", num_proc)
