@@ -13,7 +13,9 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from loopback_hub import LoopbackHub
 from PIL import Image
+from test_loopback_hub import run_client
 
 from trainer.data import prepare as prepare_module
 from trainer.data.mixture import Mixture
@@ -334,3 +336,56 @@ def test_a_source_that_is_listed_twice_is_refused(sources, tmp_path):
 def test_a_number_of_processes_that_cannot_be_is_refused(sources, tmp_path, num_proc):
     with pytest.raises(ValueError, match="`num_proc` must be at least 1"):
         prepare(Mixture([source(sources["few"])]), tmp_path / "mix", num_proc)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+PUSH_AND_TRAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from trl import ModelConfig, TrlParser
+from recipes import prepare_data, sft_amvl
+from trainer import AMVLSFTConfig
+from trainer.demo import build_tiny_backbone
+
+mixture, folder = sys.argv[1], Path(sys.argv[2])
+for _ in range(2):  # pushing again changes nothing
+    prepare_data.main(prepare_data.PrepareArguments(mixture, str(folder / "mix"), push_to_hub="someone/mix"))
+for part in build_tiny_backbone():
+    part.save_pretrained(folder / "stock")
+flags = "--use_cpu true --max_steps 1 --per_device_train_batch_size 2 --num_latents 2 --latent_size 8 --bf16 false"
+flags += " --gradient_checkpointing false --eval_strategy steps --eval_steps 1 --report_to none --save_strategy no"
+flags += f" --dataset_format prepared --dataset_name someone/mix --model_name_or_path {folder / 'stock'}"
+for streaming in ("false", "true"):
+    words = [*flags.split(), "--output_dir", str(folder / streaming), "--dataset_streaming", streaming]
+    parser = TrlParser((sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig))
+    sft_amvl.main(*parser.parse_args_and_config(words))
+    card = (folder / streaming / "README.md").read_text()
+    assert "- mine: mit" in card and "| prior |" in card, card
+print("trained")
+"""
+
+
+@pytest.mark.slow
+def test_a_mixture_is_pushed_with_its_card_and_trained_on_from_the_hub(sources, tmp_path):
+    mixture = {
+        "sources": [source(sources["many"], source="mine", licence="mit")],
+        "evaluation": [source(sources["held out"], source="mine too")],
+    }
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mixture))
+    with LoopbackHub() as hub:
+        output = run_client(hub, tmp_path / "client", PUSH_AND_TRAIN, tmp_path / "mix.yaml", tmp_path, REPOSITORY)
+        files = hub.datasets["someone/mix"].files
+    assert output.splitlines()[-1] == "trained" and "/datasets/someone/mix" in output
+    assert set(files) - {".gitattributes"} == {
+        "README.md",
+        "contact_sheet.jpg",
+        *(f"{name}.{suffix}" for name in ("report", "report_test") for suffix in ("html", "json")),
+        *(f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")),
+    }
+    card = files["README.md"].data.decode()
+    assert 'load_dataset("someone/mix", split="train")' in card and "license: mit" not in card.split("---")[1]
+    assert str(tmp_path) not in "".join(file.data.decode("utf-8", "ignore") for file in files.values())

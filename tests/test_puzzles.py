@@ -17,6 +17,8 @@ from scipy import ndimage
 
 from recipes.make_puzzles import PuzzleArguments
 from recipes.make_puzzles import main as make_puzzles
+from trainer.data import read_rows
+from trainer.data.blink import training_rows
 from trainer.data.photo_questions import COLORS
 from trainer.data.photos import load_photos
 from trainer.data.puzzles import (
@@ -516,3 +518,31 @@ def test_the_command_writes_what_load_dataset_reads(tmp_path, capsys):
     arguments.kinds = ["IQ_Test"]
     make_puzzles(arguments)
     assert not (tmp_path / "out" / "Jigsaw").exists() and (tmp_path / "out" / "own.txt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As training rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["answer", "rationale"])
+def test_puzzles_become_the_same_training_rows_in_memory_and_from_a_folder(tmp_path, answer):
+    for kind in ("Jigsaw", "Counting"):
+        puzzles = build_puzzles(kind, 4, image_size=96)
+        rows = training_rows(puzzles, answer)
+        (tmp_path / kind).mkdir()
+        puzzles.to_parquet(tmp_path / kind / "train.parquet")
+        read, report = read_rows("blink", tmp_path, config=kind, answer=answer, bad_rows="raise")
+        assert report.kept == {kind: 4}
+        for row, same, puzzle in zip(rows, read, puzzles, strict=True):
+            assert row["prompt"] == same["prompt"] and row["completion"] == same["completion"]
+            images = [puzzle[f"image_{i + 1}"] for i in range(KINDS[kind].num_images)]
+            for pair in zip(row["images"], same["images"], images, strict=True):
+                assert len({image.tobytes() for image in pair}) == 1
+            (turn,) = row["prompt"]
+            assert [part["type"] for part in turn["content"]] == ["image"] * len(images) + ["text"]
+            assert turn["content"][-1]["text"] == puzzle["prompt"]
+            (text,) = (part["text"] for part in row["completion"][0]["content"])
+            *explanation, letter = text.split("\n")
+            assert letter == puzzle["answer"] and bool(explanation) == (answer == "rationale")
+            assert "[difficulty" not in text and puzzle["explanation"].startswith("\n".join(explanation))

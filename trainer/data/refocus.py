@@ -1,7 +1,7 @@
 """Reads ReFocus: charts and tables, of which x keeps the picture as it was before it was edited."""
 
 from .reader import Draft, Reader
-from .rows import BadRow, brief, is_blank, message, with_images
+from .rows import BadRow, brief, message, with_images, with_rationale
 
 
 class ReFocusReader(Reader):
@@ -23,12 +23,3 @@ class ReFocusReader(Reader):
             prompt=[message("user", *with_images(question, "<image>", 1))],
             answer=with_rationale(record.get("thoughts"), answer) if self.answer == "rationale" else answer,
         )
-
-
-def with_rationale(rationale, answer):
-    """Rationale and answer, a line each; an answer that is no text stays as it is, for the reader to refuse."""
-    if not isinstance(answer, str) or is_blank(answer):
-        return answer
-    if not isinstance(rationale, str) or is_blank(rationale):
-        raise BadRow("no rationale")
-    return f"{rationale.strip()}\n{answer}"

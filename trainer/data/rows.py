@@ -92,6 +92,15 @@ def with_images(text, placeholder, num_images):
     return parts
 
 
+def with_rationale(rationale, answer):
+    """Rationale and answer, a line each; an answer that is no text stays as it is, for the reader to refuse."""
+    if not isinstance(answer, str) or is_blank(answer):
+        return answer
+    if not isinstance(rationale, str) or is_blank(rationale):
+        raise BadRow("no rationale")
+    return f"{rationale.strip()}\n{answer}"
+
+
 def check_texts(prompt, answer, num_images):
     """
     Refuses texts that cannot be trained on.

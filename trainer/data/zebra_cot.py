@@ -3,8 +3,7 @@
 import re
 
 from .reader import Draft, Reader
-from .refocus import with_rationale
-from .rows import IMAGE, BadRow, brief, is_blank, is_given, message, text_part
+from .rows import IMAGE, BadRow, brief, is_blank, is_given, message, text_part, with_rationale
 
 
 PLACEHOLDER = re.compile(r"<image_start>\s*\[(\w+?_image_\d+)\]\s*<image_end>")
