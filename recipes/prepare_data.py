@@ -1,6 +1,6 @@
 """Writes a mixture of datasets as parquet shards with their images inline, a report to look at first, and a dataset card.
 
-    python recipes/prepare_data.py --mixture recipes/configs/data_paper.yaml --output_dir data/paper --num_proc 8
+    python recipes/prepare_data.py --mixture recipes/mixtures/paper.yaml --output_dir data/paper --num_proc 8
 
 Started again after it was cut short, it goes on where it stopped. `--push_to_hub user/name` pushes the result, and a recipe
 trains on it:
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from trainer.data.mixture import Mixture
-from trainer.data.prepare import prepare, push
+from trainer.data.prepare import make_repository, prepare, push
 
 
 @dataclass
@@ -30,9 +30,10 @@ class PrepareArguments:
 
 
 def main(arguments):
-    reports = prepare(
-        Mixture.from_yaml(arguments.mixture), arguments.output_dir, arguments.num_proc, arguments.push_to_hub
-    )
+    mixture = Mixture.from_yaml(arguments.mixture)
+    if arguments.push_to_hub:
+        make_repository(arguments.push_to_hub, arguments.private)
+    reports = prepare(mixture, arguments.output_dir, arguments.num_proc, arguments.push_to_hub)
     for split, report in reports.items():
         print(f"{split}: {report}")
     print(f"Look at {arguments.output_dir}/report.html before you train.")

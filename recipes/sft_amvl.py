@@ -81,36 +81,44 @@ OF_THE_MIXTURE = ("dataset_answer", "dataset_subsets", "dataset_config", "datase
 SHUFFLE_BUFFER = 256  # rows of a stream that are held to draw from
 
 
-def load_rows(arguments, processor, report_dir, with_evaluation=True, seed=0):
+def load_rows(arguments, processor, with_evaluation=True, seed=0):
     """
     The rows of a run.
 
     Args:
         arguments ([`AMVLScriptArguments`]): which.
         processor ([`AMVLProcessor`]): rows that it cannot take are dropped.
-        report_dir (`Path`): where the counts of reading go.
         with_evaluation (`bool`, defaults to `True`): read the evaluation split, too.
         seed (`int`, defaults to 0): of the order of a stream.
 
     Returns:
         `tuple[Dataset, Dataset | None, dict[str, DataReport]]`: training rows, evaluation rows, and the report of each split that
         was read here.
+
+    Raises:
+        ValueError: a setting that cannot be used, a split that there is not, no row to train on.
     """
-    name, streaming = arguments.dataset_name, arguments.dataset_streaming
-    if arguments.dataset_format not in FORMATS:
-        raise ValueError(f"`dataset_format` must be one of {FORMATS}, got {arguments.dataset_format!r}.")
-    if arguments.dataset_format in ("prepared", "mixture"):
+    name, streaming, form = arguments.dataset_name, arguments.dataset_streaming, arguments.dataset_format
+    splits = {"train": arguments.dataset_train_split, "test": arguments.dataset_test_split}
+    if form in ("prepared", "mixture"):
         given = [key for key in OF_THE_MIXTURE if getattr(arguments, key) is not None]
         if given:
             raise ValueError(f"{given} are settled by the mixture `{name}` and would change nothing: leave them out.")
-    if arguments.dataset_format == "mixture":
+    if form == "mixture":
         if streaming:
             raise ValueError("`dataset_streaming=True` is not for a mixture: prepare it, and stream what that wrote.")
-        return Mixture.from_yaml(name).read(report_dir, processor)
-    if arguments.dataset_format == "prepared":
+        if splits != {"train": "train", "test": "test"}:
+            raise ValueError(f"`dataset_train_split` and `dataset_test_split` are {splits}: a mixture has its own.")
+        mixture = Mixture.from_yaml(name)
+        check_splits(splits, ["train", "test"] if mixture.evaluation else ["train"], name, with_evaluation)
+        train, test, reports = mixture.read(processor)
+    elif form == "prepared":
         rows, reports = load_dataset(name, streaming=streaming), {}
-        licences = {source: values["licence"] for source, values in report_of(name)["sources"].items()}
-        rows["train"].info.license = licence_text(licences)
+        check_splits(splits, list(rows), name, with_evaluation)
+        train, test = rows[splits["train"]], rows.get(splits["test"])
+        train.info.license = licence_text(
+            {source: values["licence"] for source, values in report_of(name)["sources"].items()}
+        )
     else:
         settings = {
             "config": arguments.dataset_subsets or arguments.dataset_config,
@@ -120,21 +128,34 @@ def load_rows(arguments, processor, report_dir, with_evaluation=True, seed=0):
             "streaming": streaming,
             "processor": processor,
         }
-        splits = {"train": arguments.dataset_train_split, "test": arguments.dataset_test_split}
-        readers = {}
-        for key, split in splits.items():
-            if key == "train" or (with_evaluation and split in readers["train"].splits() and split != splits["train"]):
-                readers[key] = open_source(
-                    arguments.dataset_format, name, split=split, report_dir=report_dir / key, **settings
-                )
-        rows = {key: reader.read()[0] for key, reader in readers.items()}
-        reports = {key: reader.report for key, reader in readers.items()}
-    train, test = rows["train"], rows.get("test") if with_evaluation else None
-    return train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streaming else train, test, reports
+        reader, test, test_reader = open_source(form, name, split=splits["train"], **settings), None, None
+        check_splits(splits, [*reader.splits(), splits["train"]], name, with_evaluation)
+        if with_evaluation:
+            test_reader = open_source(form, name, split=splits["test"], **settings)
+        train, report = reader.read()
+        reports = {"train": report}
+        if test_reader is not None:
+            test, reports["test"] = test_reader.read()
+    train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streaming else train
+    return train, test if with_evaluation else None, reports
+
+
+def check_splits(splits, found, name, with_evaluation):
+    """Refuses splits that a dataset does not have, before anything is read."""
+    for key, split in list(splits.items())[: 1 + with_evaluation]:
+        if split not in found:
+            why = (
+                " `eval_strategy` asks for an eval_dataset: set it to 'no', or name another." if key == "test" else ""
+            )
+            raise ValueError(
+                f"`dataset_{key}_split` is {split!r}, but `{name}` has {list(dict.fromkeys(found))}.{why}"
+            )
 
 
 def load_processor(arguments, model_config):
     """The processor of a trained AMVL model, or a stock one wrapped, with the image budget asked for."""
+    if arguments.dataset_format not in FORMATS:
+        raise ValueError(f"`dataset_format` must be one of {FORMATS}, got {arguments.dataset_format!r}.")
     name, revision = model_config.model_name_or_path, model_config.model_revision
     is_amvl = model_type_of(name, revision=revision) == "amvl"
     load = AMVLProcessor.from_pretrained if is_amvl else AMVLProcessor.from_backbone
@@ -210,7 +231,7 @@ def main(arguments, training_args, model_config):
     evaluates = training_args.eval_strategy != "no"
     report_dir = Path(training_args.output_dir) / "data_report"
     processor = load_processor(arguments, model_config)
-    train_dataset, eval_dataset, reports = load_rows(arguments, processor, report_dir, evaluates, training_args.seed)
+    train_dataset, eval_dataset, reports = load_rows(arguments, processor, evaluates, training_args.seed)
     if not arguments.dataset_streaming:
         save_reports(reports, report_dir, training_args)
     model = load_model(arguments, model_config, processor)

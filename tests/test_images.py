@@ -1,6 +1,8 @@
 """An image is opened inside its folder alone, whole and usable or refused with a reason, and known again as a copy."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +351,20 @@ def test_the_limit_of_near_duplicates_is_in_bits():
 def test_flat_images_have_no_structure_to_tell_them_apart():
     assert is_near_duplicate(hash_of(Image.new("RGB", (64, 64), "red")), hash_of(Image.new("RGB", (80, 40), "grey")))
     assert not is_near_duplicate(hash_of(Image.new("RGB", (64, 64), "red")), hash_of(Image.fromarray(data.coffee())))
+
+
+def test_sixteen_bits_of_red_green_and_blue_are_sixteen_bits():
+    row = b"\0" + bytes(64 * 6)
+    header = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 64)) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(BadRow, match="an image of more than 8 bits"):
+        check_image({"bytes": data, "path": None})
+    stored, picture, problem = check_image({"bytes": data, "path": None}, repair=True)
+    assert problem == "an image of more than 8 bits" and picture.getextrema() == ((0, 0),) * 3
+    assert check_image(stored)[2] == ""

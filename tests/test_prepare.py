@@ -13,10 +13,13 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from loopback_hub import LoopbackHub
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_loopback_hub import run_client
 
+from recipes import prepare_data
+from recipes.prepare_data import PrepareArguments
 from trainer.data import prepare as prepare_module
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import prepare, report_of
@@ -311,10 +314,12 @@ def test_a_mixture_that_cannot_be_meant_is_refused(tmp_path, text, message):
     [
         ({"weight": 0}, "`weight` must be a number above 0, got 0"),
         ({"weight": "half"}, "`weight` must be a number above 0, got 'half'"),
-        ({"wieght": 1}, r"is given \['wieght'\], which no reader knows"),
+        ({"wieght": 1}, r"`sources` number 1 has \['wieght'\], which no source has"),
+        ({"report_dir": "x"}, r"`sources` number 1 has \['report_dir'\], which no source has"),
         ({"filters": ["trainer.data.filters.no_such"]}, "`filters` names 'trainer.data.filters.no_such'"),
         ({"filters": [7]}, "`filters` holds 7"),
         ({"name": "nowhere/at/all"}, "`nowhere/at/all` is neither"),
+        ({"licence": 5}, "`licence` must be a text or a list of texts, got 5"),
         ({"max_rows": 0}, "`max_rows` must be at least 1, got 0"),
         ({"image_root": "nowhere"}, "`image_root` must be an existing folder, got 'nowhere'"),
     ],
@@ -325,11 +330,94 @@ def test_a_source_that_cannot_be_meant_is_refused_before_anything_is_written(sou
     assert not (tmp_path / "mix").exists()
 
 
-def test_a_source_that_is_listed_twice_is_refused(sources, tmp_path):
-    with pytest.raises(ValueError, match="train source number 3, .*few`, is listed before with the same settings"):
-        prepare(Mixture([source(sources["few"]), source(sources["many"]), source(sources["few"])]), tmp_path / "mix")
-    prepare(Mixture([source(sources["few"]), source(sources["few"], weight=2)]), tmp_path / "mix")
-    assert len(rows_of(tmp_path / "mix")) == 30
+def test_two_sources_of_one_format_keep_their_names_and_licences(sources, tmp_path):
+    twice = [source(sources["few"], licence="mit"), source(sources["many"], licence="cc-by-nc-4.0")]
+    reports = prepare(Mixture(twice), tmp_path / "mix")
+    assert reports["train"].kept == {"llava (few)": 10, "llava (many)": 40}
+    assert reports["train"].licences == {"llava (few)": "mit", "llava (many)": "cc-by-nc-4.0"}
+    assert set(rows_of(tmp_path / "mix")["source"]) == {"llava (few)", "llava (many)"}
+
+
+def test_two_sources_of_one_name_are_refused_since_a_licence_would_be_lost(sources, tmp_path):
+    for name in (None, "mine"):
+        twice = [source(sources["few"], weight=weight, source=name) for weight in (1, 2)]
+        with pytest.raises(ValueError, match="train sources number 1 and 2 both call their rows '(llava .few.|mine)'"):
+            prepare(Mixture(twice), tmp_path / "mix")
+    assert not (tmp_path / "mix").exists()
+
+
+def test_a_licence_may_be_corrected_without_reading_again(sources, tmp_path, monkeypatch):
+    prepare(Mixture([source(sources["few"], licence=["mit", "cc0-1.0"])]), tmp_path / "mix")
+    assert "mit, cc0-1.0 |" in (tmp_path / "mix" / "README.md").read_text()
+    monkeypatch.setattr(prepare_module, "_write_shard", None)
+    prepare(Mixture([source(sources["few"], licence="mit")]), tmp_path / "mix")
+    assert "license: mit" in (tmp_path / "mix" / "README.md").read_text()
+
+
+def test_rows_that_were_deleted_are_written_again_and_a_changed_source_is_noticed(tmp_path):
+    rows = write_llava(tmp_path / "rows", 3)
+    prepare(Mixture([source(rows)]), tmp_path / "mix")
+    (file,) = (tmp_path / "mix" / "data").iterdir()
+    before = file.read_bytes()
+    file.unlink()
+    prepare(Mixture([source(rows)]), tmp_path / "mix")
+    assert file.read_bytes() == before
+    text = (tmp_path / "rows" / "rows.json").read_text()
+    (tmp_path / "rows" / "rows.json").write_text(text.replace("question", "problem "))
+    with pytest.raises(ValueError, match="its sources have changed since"):
+        prepare(Mixture([source(rows)]), tmp_path / "mix")
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(sources, tmp_path):
+    prepare(Mixture([source(sources["few"])]), tmp_path / "mix")
+    with FileLock(tmp_path / "mix" / "work" / "lock"):
+        with pytest.raises(ValueError, match="is being written by another process"):
+            prepare(Mixture([source(sources["few"])]), tmp_path / "mix")
+
+
+def test_a_repository_that_cannot_be_is_refused_before_anything_is_read(sources, tmp_path):
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": [source(sources["few"])]}))
+    arguments = PrepareArguments(str(tmp_path / "mix.yaml"), str(tmp_path / "mix"), push_to_hub="bad//name")
+    with pytest.raises(ValueError, match="`push_to_hub` is 'bad//name'"):
+        prepare_data.main(arguments)
+    assert not (tmp_path / "mix").exists()
+
+
+def test_drawings_of_thin_lines_are_found_again(tmp_path):
+    """Most of their pixels are white, so that a coarse look sees nothing in them."""
+    for folder, numbers in (("train", range(6)), ("evaluation", range(3))):
+        write_llava(tmp_path / folder, len(numbers))
+        for number in numbers:
+            drawing = Image.new("RGB", (512, 512), "white")
+            points = np.random.default_rng(number).integers(0, 512, 6).tolist()
+            ImageDraw.Draw(drawing).polygon(points, outline="black", width=2)
+            drawing.save(tmp_path / folder / "images" / f"{number}.png")
+    mixture = Mixture([source(str(tmp_path / "train"))], [source(str(tmp_path / "evaluation"))])
+    reports = prepare(mixture, tmp_path / "mix")
+    assert reports["train"].dropped == {"an image that is also in the evaluation rows": ["0", "1", "2"]}
+
+
+def test_rows_of_one_id_are_drawn_one_by_one(tmp_path):
+    rows = write_llava(tmp_path / "rows", 60, seed=1)
+    records = [record | {"id": "same"} for record in json.loads((tmp_path / "rows" / "rows.json").read_text())]
+    (tmp_path / "rows" / "rows.json").write_text(json.dumps(records))
+    report = prepare(Mixture([source(rows, weight=0.3)]), tmp_path / "mix")["train"]
+    assert 8 <= report.kept["llava"] <= 28
+    assert f"{60 - report.kept['llava']} not taken, by the `weight` of their source" in str(report)
+
+
+def test_a_filter_that_fails_is_named_with_the_row(sources, tmp_path):
+    (tmp_path / "own.py").write_text("def broken(row):\n    return row['oops']\n")
+    mixture = Mixture([source(sources["few"], filters=[f"{tmp_path}/own.py:broken"])])
+    with pytest.raises(ValueError, match="The filter `own.py:broken` fails on row '100' .* KeyError: 'oops'"):
+        prepare(mixture, tmp_path / "mix")
+
+
+def test_a_source_without_a_row_left_is_warned_of_and_the_others_go_on(sources, tmp_path, caplog):
+    none = source(sources["few"], source="none", filters=[{"trainer.data.filters.answer_words": {"most": 0}}])
+    mixture = Mixture([source(sources["many"]), none])
+    assert prepare(mixture, tmp_path / "mix")["train"].kept == mixture.read()[2]["train"].kept == {"llava": 40}
+    assert caplog.text.count("The source `none` has no row left") == 2
 
 
 @pytest.mark.parametrize("num_proc", [0, -1, 1.5, True])

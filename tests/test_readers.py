@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 
 from trainer.data import reader as reader_module
 from trainer.data.filters import load_filter
-from trainer.data.rows import FEATURES, form_of
+from trainer.data.monet import MonetReader
+from trainer.data.rows import FEATURES, form_of, with_images
 from trainer.data.sources import READERS, open_source, read_rows
+from trainer.data.visual_cot import BOX_REQUEST as ASKS_FOR_A_BOX
 
 
 QUESTION = "How many cups are on the 3.5 m table, Dr. Smith?"
@@ -818,7 +820,7 @@ def mutated(record):
 def reader_of(case, root, records, **settings):
     """A reader of a source, given other records: also such as no file could hold."""
     reader = open_source(case.format, case.write(root, number=1), **case.settings(), **settings)
-    reader.records = lambda shard: ((f"record {number}", record) for number, record in enumerate(records))
+    reader.records = lambda shard: ((f"record {n}", f"{n}", record) for n, record in enumerate(records))
     return reader
 
 
@@ -1283,3 +1285,109 @@ def test_sources_are_read_from_the_hub_map_style_and_streamed(tmp_path):
     Case("trl", trl_messages, "data folder").write(source / "trl", number=5)
     with LoopbackHub() as hub:
         assert run_client(hub, tmp_path / "client", READ_FROM_HUB, source).splitlines()[-1] == "all read"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a reviewer found
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_long_runs_of_breaks_spaces_and_markers_take_no_time():
+    breaks = "\n" * 200_000
+    assert with_images(f"<image>\na{breaks}b", "<image>", 1)[1]["text"] == f"a{breaks}b"
+    assert ASKS_FOR_A_BOX.sub("", f"a{breaks}{' ' * 200_000}b") == f"a{breaks}{' ' * 200_000}b"
+    markers = "<abs_vis_token>" * 50_000
+    reader = object.__new__(MonetReader)
+    reader.answer = "rationale"
+    assert reader._answer(f"a {markers} b") == "a b"
+
+
+@pytest.mark.parametrize(
+    ("request_", "rest"),
+    [
+        ("Please specify the bounding box of the cup.", ""),
+        ("Can you provide the bounding box coordinate of the region?", ""),
+        ("First, please provide the bounding box of it. Then say why.", "Then say why."),
+        ("Is a bounding box drawn around the cup?", "Is a bounding box drawn around the cup?"),
+    ],
+)
+def test_sentences_that_ask_for_a_box_go_whole(request_, rest):
+    assert ASKS_FOR_A_BOX.sub("", f"How many cups? {request_}").split() == f"How many cups? {rest}".split()
+
+
+def test_tables_that_lead_out_of_their_folder_are_not_read(tmp_path):
+    rows = Dataset.from_list([{"prompt": "What?", "completion": "SECRET", "images": []}])
+    rows.to_parquet(tmp_path / "outside.parquet")
+    rows.save_to_disk(tmp_path / "outside")
+    for name in ("linked", "saved", "json"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "train.parquet").symlink_to(tmp_path / "outside.parquet")
+    for name in ("dataset_info.json", "state.json"):
+        text = (tmp_path / "outside" / name).read_text().replace('"filename": "', '"filename": "../outside/')
+        (tmp_path / "saved" / name).write_text(text)
+    (tmp_path / "outside.json").write_text("[]")
+    (tmp_path / "json" / "a.json").symlink_to(tmp_path / "outside.json")
+    for name in ("linked", "saved", "json"):
+        with pytest.raises(ValueError, match=f"`{tmp_path}/{name}` has .*, which leads out of it"):
+            open_source("trl", tmp_path / name, bad_rows="raise")
+
+
+def test_json_files_of_the_names_of_splits_are_splits(tmp_path):
+    for number, name in enumerate(("train.jsonl", "test.jsonl", "more.jsonl")):
+        write_json(tmp_path, [llava(number, files_under(tmp_path))], name)
+    reader = open_source("llava", tmp_path)
+    assert set(reader.splits()) == {"train", "test", "more"}
+    assert read_rows("llava", tmp_path, split="test")[0]["row_id"] == ["id1"]
+    for name, split in ((tmp_path, "validation"), (tmp_path / "train.jsonl", "test")):
+        with pytest.raises(ValueError, match="several files|`split` is 'test', but"):
+            open_source("llava", name, split=split)
+
+
+def test_a_stream_that_is_begun_again_takes_nothing_back(tmp_path):
+    root = Case("llava", llava, "json").write(tmp_path)
+    rows, report = read_rows("llava", root, streaming=True)
+    next(iter(rows))
+    assert report.kept == {"llava": 1}
+    list(rows)
+    next(iter(rows))
+    assert report.kept == {"llava": NUM_RECORDS}
+    assert read_rows("llava", root, streaming=True)[1].kept == {}
+
+
+def test_a_stream_stays_where_it_was_when_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    Case("llava", llava, "json").write(tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    rows, _ = read_rows("llava", "rows", streaming=True)
+    monkeypatch.chdir("/")
+    assert len(list(rows)) == NUM_RECORDS
+
+
+def test_a_saved_dataset_and_one_parquet_file_are_read_in_parts(tmp_path):
+    picture = cells()
+    rows = Dataset.from_list([refocus(number, picture) for number in range(7)])
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "one.parquet", batch_size=2)
+    (tmp_path / "folder").mkdir()
+    rows.to_parquet(tmp_path / "folder" / "one.parquet", batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.data.tables.ROWS_PER_SHARD", 2)
+        for name in ("saved", "one.parquet", "folder"):
+            reader = open_source("refocus", tmp_path / name)
+            assert len(reader.all_shards) == 4, name
+            answers = [row["completion"][0]["content"][0]["text"] for row in reader.read()[0]]
+            assert answers == [refocus(number, picture)["answer"] for number in range(7)]
+
+
+def test_the_terms_of_zebra_cot_stay_with_its_folders(tmp_path):
+    record = {"metadata": {"sample_id": 0}, "data": []}
+    for subset in ("ReFocus", "Zebra_CoT_count"):
+        write_json(tmp_path, [record], f"{subset}/train.json")
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    licences = MonetReader(tmp_path, config=["ReFocus", "Zebra_CoT_count"]).licences()
+    assert licences == {"ReFocus": "apache-2.0", "Zebra_CoT_count": "apache-2.0; made from Zebra-CoT, CC-BY-NC-4.0"}
+
+
+def test_a_name_beside_the_licence_other_says_more(tmp_path):
+    Case("llava", llava, "json").write(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: research-only\n---\n")
+    assert open_source("llava", tmp_path).licence == "research-only"

@@ -392,7 +392,9 @@ def test_an_evaluation_reads_the_test_split(run_recipe):
 
 
 def test_an_evaluation_without_a_test_split_is_refused(run_recipe):
-    with pytest.raises(ValueError, match="eval_dataset"):
+    with pytest.raises(
+        ValueError, match="`dataset_test_split` is 'validation', but .* has .*'train', 'test'.*eval_dataset"
+    ):
         run_recipe("--eval_strategy", "steps", "--eval_steps", 2, dataset_test_split="validation")
 
 

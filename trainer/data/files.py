@@ -36,7 +36,7 @@ class SourceFiles:
     """
 
     def __init__(self, name, image_root=None, revision=None, patterns=None, lazy=False):
-        self.name, self.repository, path = str(name), None, Path(name)
+        self.name, self.repository, path = str(name), None, Path(name).absolute()
         if path.is_dir():
             self.folder = path
         elif path.is_file():
@@ -63,6 +63,8 @@ class SourceFiles:
             raise ValueError(f"`{name}` is neither an existing folder or file nor the id of a dataset on the Hub.")
         if image_root is not None and not Path(str(image_root)).is_dir():
             raise ValueError(f"`image_root` must be an existing folder, got {str(image_root)!r}.")
+        if image_root is not None:
+            image_root = Path(str(image_root)).absolute()
         images = image_root if image_root is not None else self.folder
         self.image_folders = [] if images is None else allowed_folders(images)
 
@@ -75,10 +77,20 @@ class SourceFiles:
         return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.glob(pattern) if path.is_file())
 
     def path(self, relative):
-        """A file's path on this machine."""
+        """
+        A data file's path on this machine.
+
+        Raises:
+            ValueError: it leads out of the folder, as a link or by its name.
+        """
         if self.repository:
             return Path(hf_hub_download(self.repository, relative, repo_type="dataset", revision=self.revision))
-        return self.folder / relative
+        path = self.folder / relative
+        if not any(path.resolve().is_relative_to(folder) for folder in allowed_folders(self.folder)):
+            raise ValueError(
+                f"`{self.name}` has {str(relative)!r}, which leads out of it: name the folder that the files are in."
+            )
+        return path
 
     def image(self, name):
         """
@@ -122,15 +134,9 @@ def read_records(path):
         ValueError: no JSON, or no list.
     """
     try:
-        stat = path.stat()
-        return _read_records(path, stat.st_mtime_ns, stat.st_size)
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"`{path}` cannot be read ({error}): check that it exists and may be read.") from error
-
-
-@functools.lru_cache(maxsize=1)
-def _read_records(path, *version):
-    data = path.read_bytes()
     if path.suffix == ".jsonl":
         lines = enumerate(data.split(b"\n"), start=1)
         return [_parse_line(line, f"{path.name}, line {number}") for number, line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """Opens an image that a record names: inside its data folder, whole, upright, 8 bits, of a usable size, or says what is wrong."""
 
+import hashlib
 import io
 import re
 import warnings
@@ -12,7 +13,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from .rows import BadRow, brief, is_blank
 
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89,478,485: beyond it Pillow warns of a decompression bomb
+MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb, unless a program tells it not to
 MIN_SIDE = 8  # pixels: a side of 1 or 3 is also taken for the channels by image processors
 SMALL_SIDE = 128  # pixels: what a picture to look at has at least, if its file has
 MAX_ASPECT_RATIO = 200  # what the image processors of the Qwen-VL families refuse
@@ -26,7 +27,7 @@ SIXTEEN_BIT_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 NEAR_DUPLICATE_BITS = (
     28  # of 256. Copies of scikit-image's photographs differ by up to 18, different ones by 76 or more
 )
-FLAT_SIDE, FLAT_CONTRAST = 8, 4.0  # pixels; grey levels, standard deviation over so small a picture
+FLAT_SIDE, FLAT_CONTRAST = 64, 4.0  # pixels; grey levels, standard deviation over so small a picture
 ORIENTATION = 0x0112  # EXIF
 
 
@@ -58,7 +59,7 @@ def check_name(name):
     """Raises a [`BadRow`] for what is no text, or is the address of something that is no file of the source."""
     if not isinstance(name, str) or is_blank(name):
         raise BadRow("an image that is no path", brief(name))
-    if "\0" in name or re.match(r"[A-Za-z][\w+.-]+:", name):  # a scheme; one letter is a drive
+    if "\0" in name or re.match(r"(?:[A-Za-z][\w+.-]*://|data:|file:)", name):
         raise BadRow("an image outside the data folder", brief(name))
     if re.search("[\ud800-\udfff]", name):  # half a character, which no table can store
         raise BadRow("an image file that is missing", brief(name))
@@ -152,7 +153,10 @@ def _check_sums(stored):
 def _repairable(image):
     if image.mode == "CMYK":
         return "an image in CMYK"
-    if image.mode in SIXTEEN_BIT_MODES:
+    deep = any(
+        ";16" in str(tile.args) for tile in getattr(image, "tile", ())
+    )  # RGB too, which Pillow brings to 8 bits
+    if deep or image.mode in SIXTEEN_BIT_MODES:
         return "an image of more than 8 bits"
     if image.getexif().get(ORIENTATION, 1) in range(2, 9):
         return "an image that its EXIF data rotate"
@@ -217,3 +221,35 @@ def perceptual_hash(image):
 def is_near_duplicate(hash_a, hash_b):
     """Whether two [`perceptual_hash`]es are of the same picture: they differ in 28 bits at most."""
     return (hash_a ^ hash_b).bit_count() <= NEAR_DUPLICATE_BITS
+
+
+def fingerprints(image):
+    """
+    What tells an image in RGB from others: hashes of 256 bits, which [`KnownImages`] compares.
+
+    Returns:
+        `list[int]`: one of its pixels, and a [`perceptual_hash`] unless the image shows too little for one.
+    """
+    exact = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+    return [int.from_bytes(exact, "big"), *([] if is_flat(image) else [perceptual_hash(image)])]
+
+
+class KnownImages:
+    """
+    Images to be found again, as they are or as copies, by their [`fingerprints`].
+
+    Args:
+        hashes (`list[int]`): of all of them.
+    """
+
+    def __init__(self, hashes):
+        data = b"".join(value.to_bytes(32, "big") for value in hashes)
+        self._bits = np.frombuffer(data, np.uint64).reshape(-1, 4)
+
+    def has(self, image):
+        """Whether an image in RGB is one of them: hashes of different pixels differ in about half of their bits."""
+        for value in fingerprints(image) if len(self._bits) else ():
+            own = np.frombuffer(value.to_bytes(32, "big"), np.uint64)
+            if np.bitwise_count(self._bits ^ own).sum(1).min() <= NEAR_DUPLICATE_BITS:
+                return True
+        return False

@@ -49,6 +49,7 @@ class LlavaReader(Reader):
     """
 
     format = "llava"
+    json_first = True
 
     def convert(self, record, subset):
         images, turns = images_of(record), turns_of(record)

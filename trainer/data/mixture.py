@@ -1,5 +1,7 @@
 """A mixture: which sources are trained on, how often each, filtered how, and which images belong to the evaluation."""
 
+import logging
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -8,14 +10,34 @@ from datasets import concatenate_datasets
 
 from modeling_amvl import AMVLProcessor
 
-from .images import check_image, is_flat, perceptual_hash
-from .reader import BAD_ROWS, licence_text
+from .files import is_hub_id
+from .images import check_image, fingerprints
+from .reader import BAD_ROWS, licence_text, scratch_folder
 from .report import DataReport
 from .rows import ANSWERS, BadRow
 from .sources import READERS, open_source
 
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "test")
+# What a source may say; the rest of a reader's settings is the mixture's.
+OF_A_SOURCE = (
+    *(
+        "format",
+        "name",
+        "config",
+        "split",
+        "revision",
+        "image_root",
+        "max_rows",
+        "weight",
+        "filters",
+        "source",
+        "licence",
+    ),
+    *("answer", "bad_rows"),
+)
 
 
 @dataclass
@@ -59,6 +81,12 @@ class Mixture:
                     raise ValueError(
                         f"`{name}` number {number + 1} is {source!r:.200}: it must have a `format`, one of {list(READERS)}."
                     )
+                if unknown := sorted(map(str, set(source) - set(OF_A_SOURCE))):
+                    raise ValueError(
+                        f"`{name}` number {number + 1} has {unknown}, which no source has: choose among {list(OF_A_SOURCE)}."
+                    )
+        if self.processor is not None and not isinstance(self.processor, str):
+            raise ValueError(f"`processor` must be a Hub id or a folder, got {self.processor!r}.")
         if not self.sources:
             raise ValueError("`sources` is empty: name at least one source to train on.")
         if self.processor is None and (self.min_pixels is not None or self.max_pixels is not None):
@@ -117,62 +145,91 @@ class Mixture:
         common |= {"processor": processor, "report_dir": str(report_dir), "evaluation_hashes": evaluation_hashes}
         sources = self.sources if split == "train" else self.evaluation
         readers = [open_source(**{**common, **source}) for source in sources]
-        parts = [reader.part_names() for reader in readers]
-        for number, names in enumerate(parts):
-            if names in parts[:number]:
-                raise ValueError(
-                    f"{split} source number {number + 1}, `{readers[number].name}`, is listed before with the same settings: "
-                    "give one a `weight` of 2 instead."
-                )
+        _tell_apart(readers, split)
         return readers
 
-    def read(self, report_dir, processor=None):
+    def read(self, processor=None):
         """
         All rows at once, without preparing them: for what fits.
 
         Args:
-            report_dir (`str`): where the counts of reading go.
             processor (`ProcessorMixin`, *optional*): of the model that is trained, instead of `processor`.
 
         Returns:
             `tuple[Dataset, Dataset | None, dict[str, DataReport]]`: the rows of the splits `train` and `test`, and the report of each.
+
+        Raises:
+            ValueError: no record of `sources` can be trained on.
         """
         processor = processor or self.load_processor()
-        datasets, reports, hashes = {}, {}, []
+        rows, reports, hashes = dict.fromkeys(SPLITS), {}, []
         for split in reversed(SPLITS):
-            readers = self.readers(split, Path(report_dir) / split, processor, hashes)
+            folder = scratch_folder()
+            readers = self.readers(split, folder, processor, hashes)
             if split == "test":
                 hashes = [
-                    image for reader in readers for shard in reader.all_shards for image in hashes_of(reader, shard)
+                    value for reader in readers for shard in reader.all_shards for value in hashes_of(reader, shard)
                 ]
-            licences = {name: licence for reader in readers for name, licence in reader.licences().items()}
+            parts = [dataset for reader in readers if (dataset := reader.read_or_none()) is not None]
             if readers:
-                datasets[split] = concatenate_datasets([reader.read()[0] for reader in readers])
-                datasets[split].info.license = licence_text(licences)
-                parts = [name for reader in readers for name in reader.part_names()]
-                reports[split] = DataReport(Path(report_dir) / split, licences, parts, readers[0].report.settings)
-        return datasets["train"], datasets.get("test"), reports
+                settings = readers[0].report.settings
+                reports[split] = DataReport(folder, licences_of(readers), settings=settings)
+                warn_of_empty(reports[split])
+            if parts:
+                rows[split] = concatenate_datasets(parts)
+                rows[split].info.license = licence_text(licences_of(readers))
+        if rows["train"] is None:
+            raise ValueError(f"the mixture has no row that can be trained on: {reports['train']}")
+        return rows["train"], rows["test"], reports
+
+
+def _tell_apart(readers, split):
+    """Gives sources of one name, `trl` say, the names of their folders, too: reports and licences go by the name."""
+    counts = Counter(name for reader in readers for name in reader.licences())
+    for reader in readers:
+        names = list(reader.licences())
+        if reader.source is None and names == [reader.format] and counts[reader.format] > 1:
+            reader.source = f"{reader.format} ({reader.name if is_hub_id(reader.name) else Path(reader.name).name})"
+    seen = {}
+    for number, reader in enumerate(readers, start=1):
+        for name in reader.licences():
+            if name in seen:
+                raise ValueError(
+                    f"{split} sources number {seen[name]} and {number} both call their rows {name!r}, so that neither report nor "
+                    "licences could tell them apart: give one of them a `source`, a name of its own."
+                )
+            seen[name] = number
+
+
+def licences_of(readers):
+    """Licences by source."""
+    return {name: licence for reader in readers for name, licence in reader.licences().items()}
+
+
+def warn_of_empty(report):
+    """Warns of each source that has no row left."""
+    for name in report.licences:
+        if not report.kept.get(name):
+            logger.warning("The source `%s` has no row left: look at the report for the reasons.", name)
 
 
 def hashes_of(reader, shard):
     """
-    Perceptual hashes of the images of a shard's questions, also of records that no row can be made of.
+    Fingerprints of the images of a shard's questions, also of records that no row can be made of.
 
     Args:
         reader ([`Reader`]): of an evaluation source.
         shard ([`Shard`]): one of its `all_shards`.
 
     Yields:
-        `int`: of each image that can be opened and shows something.
+        `int`: [`fingerprints`] of each image that can be opened.
     """
-    for _, record in reader.records(shard):
+    for _, _, record in reader.records(shard):
         for value in _images_of(reader, record, shard.source):
             try:
-                picture = check_image(reader.stored(value), repair=True)[1]
+                yield from fingerprints(check_image(reader.stored(value), repair=True)[1])
             except BadRow:  # what cannot be opened cannot be trained on either
                 continue
-            if not is_flat(picture):
-                yield perceptual_hash(picture)
 
 
 def _images_of(reader, record, subset):

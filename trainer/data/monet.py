@@ -3,7 +3,7 @@
 import re
 
 from .files import SourceFiles, is_hub_id
-from .reader import Draft, Reader
+from .reader import JSON_SUFFIXES, Draft, Reader
 from .rows import IMAGE, SYSTEM_PROMPT, BadRow, boxed_text, message, text_part
 
 
@@ -12,7 +12,8 @@ SUBSETS = ("Visual_CoT", "CogCoM", "ReFocus", "Zebra_CoT_count", "Zebra_CoT_visu
 BOXED_SUFFIX = "\nPut your final answer within \\boxed{}."
 KEEPS_SUFFIX = ("Zebra_CoT_count", "Zebra_CoT_visual_search")
 ROLES = {"system", "user", "assistant"}
-MARKERS = re.compile(r"<abs_vis_token>.*?</abs_vis_token>|</?observation>", re.DOTALL)
+MARKERS = re.compile(r"</?observation>")
+VISUAL = "<abs_vis_token>", "</abs_vis_token>"  # what stands between them is no text
 
 
 class MonetReader(Reader):
@@ -25,7 +26,7 @@ class MonetReader(Reader):
 
     format = "monet"
     hub_id = "NOVAglow646/Monet-SFT-125K"
-    default_licence = "not stated; the Zebra_CoT folders come from Zebra-CoT, CC-BY-NC-4.0"
+    default_licence = "not stated"
 
     def open_files(self):
         self.configs = list(SUBSETS) if self.configs is None else self.configs
@@ -48,13 +49,22 @@ class MonetReader(Reader):
     def json_files(self):
         found = {}
         for subset in self.configs:
-            files = [path for suffix in ("json", "jsonl") for path in self.files.glob(f"{subset}/train.{suffix}")]
+            files = [path for suffix in JSON_SUFFIXES for path in self.files.glob(f"{subset}/{self.split}{suffix}")]
             if not files:
+                present = [name for name in SUBSETS if self.files.glob(f"{name}/{self.split}.json*")]
                 raise ValueError(
-                    f"`{subset}` has no `train.json` or `train.jsonl` in it: download the subset, or leave it out."
+                    f"`{subset}` has no `{self.split}.json` or `{self.split}.jsonl` in it: download the subset, or leave it out "
+                    f"with `config={present}`."
                 )
             found[subset] = files[:1]
         return found
+
+    def licences(self):
+        licences = super().licences()
+        for name in licences:
+            if name.startswith("Zebra_CoT") and "nc" not in licences[name].lower():
+                licences[name] += "; made from Zebra-CoT, CC-BY-NC-4.0"
+        return licences
 
     def id_of(self, record, number):
         match record:
@@ -80,10 +90,16 @@ class MonetReader(Reader):
             if (answer := boxed_text(reply)) is None:
                 raise BadRow("no boxed answer")
             return answer
-        text = re.sub(r"[ \t]{2,}", " ", MARKERS.sub("", reply)).strip()
+        text = re.sub(r"[ \t]{2,}", " ", MARKERS.sub("", _without_visual(reply))).strip()
         if not text:
             raise BadRow("no text in the reply")
         return text
+
+
+def _without_visual(text):
+    opening, closing = VISUAL
+    first, *others = text.split(opening)
+    return first + "".join(piece.partition(closing)[2] if closing in piece else piece for piece in others)
 
 
 def read_monet(name, subsets=SUBSETS, answer="answer", max_rows=None, **settings):

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from tqdm.auto import tqdm
 
 from model_cards import render_dataset_card
 
 from .files import is_hub_id
-from .mixture import SPLITS, hashes_of
+from .mixture import SPLITS, hashes_of, licences_of, warn_of_empty
 from .report import DataReport, write_atomically
 from .report_page import draw_contact_sheet, save_report
 from .rows import FEATURES
@@ -48,35 +49,65 @@ def prepare(mixture, output_dir, num_proc=1, repository=None):
     if isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1:
         raise ValueError(f"`num_proc` must be at least 1, got {num_proc!r}.")
     output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` ({output_dir}) is a file: name a folder.")
     processor = mixture.load_processor()
     work = output_dir / "work"
     readers = {split: mixture.readers(split, work / split, processor) for split in SPLITS}
     _claim(output_dir, mixture, readers)
-    hashes = []
+    try:
+        with FileLock(work / "lock", timeout=0):
+            return _prepare(mixture, output_dir, readers, num_proc, repository)
+    except Timeout as error:
+        raise ValueError(f"`output_dir` ({output_dir}) is being written by another process: wait for it.") from error
+
+
+def _prepare(mixture, output_dir, readers, num_proc, repository):
+    work, hashes = output_dir / "work", []
     for split in reversed(SPLITS):  # the images of the evaluation rows come first
         for reader in readers[split]:
             reader.evaluation_hashes = hashes
-        _run(_tasks_of(readers[split]), readers[split], work / split, num_proc, split, with_hashes=split == "test")
+        _run(_tasks_of(readers[split]), readers[split], output_dir, num_proc, split)
         if split == "test":
             hashes = [
                 int(text, 16) for path in sorted((work / split).glob("*.done.json")) for text in _read(path)["hashes"]
             ]
-    licences = {
-        split: {name: licence for reader in readers[split] for name, licence in reader.licences().items()}
-        for split in SPLITS
-    }
     settings = {name: getattr(mixture, name) for name in ("answer", "processor", "min_pixels", "max_pixels")}
     if mixture.processor and Path(mixture.processor).exists():
         settings["processor"] = Path(mixture.processor).name  # where it lies is nobody else's business
     reports = {
-        split: DataReport(work / split, licences[split], settings=settings) for split in SPLITS if readers[split]
+        split: DataReport(work / split, licences_of(readers[split]), settings=settings)
+        for split in SPLITS
+        if readers[split]
     }
+    for report in reports.values():
+        warn_of_empty(report)
     if not sum(reports["train"].kept.values()):
         raise ValueError(f"the mixture has no row that can be trained on: {reports['train']}")
     for split in reports:
         _publish(work / split, output_dir / "data", split)
     _describe(output_dir, reports, repository)
     return reports
+
+
+def make_repository(repository, private=False):
+    """
+    Makes the dataset repository if it does not exist, before anything is spent.
+
+    Args:
+        repository (`str`): `"user/name"`.
+        private (`bool`, defaults to `False`): only for a new one.
+
+    Returns:
+        `str`: its address.
+
+    Raises:
+        ValueError: no name of a repository, or none that may be written to.
+    """
+    try:
+        return str(HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True))
+    except (HFValidationError, HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise ValueError(f"`push_to_hub` is {repository!r}, to which nothing can be pushed: {error}") from error
 
 
 def push(output_dir, repository, private=False):
@@ -91,9 +122,8 @@ def push(output_dir, repository, private=False):
     Returns:
         `str`: its address.
     """
-    api = HfApi()
-    url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(
+    url = make_repository(repository, private)
+    HfApi().upload_folder(
         repo_id=repository,
         repo_type="dataset",
         folder_path=str(output_dir),
@@ -101,13 +131,17 @@ def push(output_dir, repository, private=False):
         delete_patterns=["data/*.parquet"],  # shards of an earlier, longer mixture
         commit_message="Upload a mixture prepared with AMVL",
     )
-    return str(url)
+    return url
 
 
 def _claim(output_dir, mixture, readers):
     """Makes the folder this mixture's, or finds that it is."""
+    described = asdict(mixture)
+    for source in (*described["sources"], *described["evaluation"]):
+        source.pop("licence", None)  # may be corrected
     settings = {
-        "mixture": asdict(mixture),
+        "mixture": described,
+        "versions": {split: [reader.versions() for reader in readers[split]] for split in SPLITS},
         "shards": {
             split: [[list(shard) for shard in reader.all_shards] for reader in readers[split]] for split in SPLITS
         },
@@ -136,18 +170,31 @@ def _tasks_of(readers):
     return [(number, place) for _, number, place in sorted(tasks)]
 
 
-def _run(tasks, readers, folder, num_proc, split, with_hashes):
+def _run(tasks, readers, output_dir, num_proc, split):
+    folder = output_dir / "work" / split
     folder.mkdir(parents=True, exist_ok=True)
+    for scratch in folder.glob(".*"):  # of a process that was killed
+        scratch.unlink()
     names = [f"{index:05d}" for index in range(len(tasks))]
-    done = [name for name in names if (folder / f"{name}.done.json").exists()]
-    left = [(name, number, place) for name, (number, place) in zip(names, tasks) if name not in set(done)]
-    rows = sum(_read(folder / f"{name}.done.json")["rows"] for name in done)
+    done = {name: note["rows"] for name in names if (note := _note_of(folder, output_dir / "data", name)) is not None}
+    left = [(name, number, place) for name, (number, place) in zip(names, tasks) if name not in done]
+    rows = sum(done.values())
     with tqdm(total=len(tasks), initial=len(done), desc=f"{split}: shards", disable=not tasks) as bar:
         bar.set_postfix(rows=rows)
-        for num_rows in _each(left, readers, folder, with_hashes, min(num_proc, len(left) or 1)):
+        for num_rows in _each(left, readers, folder, split == "test", min(num_proc, len(left) or 1)):
             rows += num_rows
             bar.set_postfix(rows=rows)
             bar.update()
+
+
+def _note_of(folder, data, name):
+    """What was noted of a shard, if it is done and its rows are still there."""
+    path = folder / f"{name}.done.json"
+    if not path.exists():
+        return None
+    note = _read(path)
+    is_there = (folder / f"{name}.parquet").exists() or (data / note.get("file", "")).is_file()
+    return note if is_there or not note["rows"] else None
 
 
 def _each(left, readers, folder, with_hashes, num_proc):
@@ -214,10 +261,12 @@ def _publish(folder, data, split):
     """Moves the shards that have rows to their final names; a run cut short here goes on, too."""
     data.mkdir(exist_ok=True)
     names = [path.name.removesuffix(".done.json") for path in sorted(folder.glob("*.done.json"))]
-    names = [name for name in names if _read(folder / f"{name}.done.json")["rows"]]
-    for number, name in enumerate(names):
+    notes = {name: note for name in names if (note := _read(folder / f"{name}.done.json"))["rows"]}
+    for number, (name, note) in enumerate(notes.items()):
+        file = f"{split}-{number:05d}-of-{len(notes):05d}.parquet"
         if (folder / f"{name}.parquet").exists():
-            os.replace(folder / f"{name}.parquet", data / f"{split}-{number:05d}-of-{len(names):05d}.parquet")
+            os.replace(folder / f"{name}.parquet", data / file)
+            write_atomically(folder / f"{name}.done.json", json.dumps({**note, "file": file}))
 
 
 def _describe(output_dir, reports, repository):

@@ -3,6 +3,7 @@
 import atexit
 import hashlib
 import json
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,13 +17,14 @@ from huggingface_hub import DatasetCard
 from ..collator import AMVLDataCollator
 from .files import BadLine, SourceFiles, read_records
 from .filters import load_filter
-from .images import check_image, is_flat, is_near_duplicate, perceptual_hash, store_image
+from .images import KnownImages, check_image, store_image
 from .report import DataReport, SourceReport, priority, write_part
 from .rows import ANSWERS, FEATURES, BadRow, brief, check_texts, message
-from .tables import SourceTables
+from .tables import LOADERS, SourceTables
 
 
 JSON_SUFFIXES = (".json", ".jsonl")
+METADATA = ("dataset_infos", "dataset_info", "dataset_dict", "state", "report", "report_test")  # names of no data
 BAD_ROWS = ("drop", "repair", "raise")
 RECORDS_PER_SHARD = 500  # of a JSON file
 # Settings under which other counts come out.
@@ -89,7 +91,7 @@ class Reader:
         processor (`ProcessorMixin`, *optional*): rows that it cannot take are dropped, and tokens are counted with it.
         seed (`int`, defaults to 0): of `weight`.
         report_dir (`str`, *optional*): where the counts of each shard are written; a temporary folder by default.
-        evaluation_hashes (`list[int]`, *optional*): [`perceptual_hash`]es of images that no row may have.
+        evaluation_hashes (`list[int]`, *optional*): [`fingerprints`] of images that no row may have.
 
     Raises:
         ValueError: a setting, a folder or a file that cannot be used; before a row is read.
@@ -99,6 +101,7 @@ class Reader:
     hub_id = ""
     default_licence = "not stated"
     missing_images_hint = ""
+    json_first = False  # where a folder has tables, too
 
     def __init__(
         self,
@@ -134,6 +137,10 @@ class Reader:
         are_names = isinstance(config, (list, tuple)) and all(isinstance(name, str) and name for name in config)
         if config is not None and not (are_names and config):
             raise ValueError(f"`config` must be a name or a list of names, got {config!r}; `None` reads all.")
+        if licence is not None and _licence_name(licence) is None:
+            raise ValueError(f"`licence` must be a text or a list of texts, got {licence!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"`seed` must be a whole number, got {seed!r}.")
         for argument, value in (("split", split), ("revision", revision), ("source", source)):
             may_lack = argument != "split" and value is None
             if not may_lack and not (isinstance(value, str) and value):
@@ -149,10 +156,11 @@ class Reader:
         for spec in self.filters:
             load_filter(spec)
         self.processor, self.evaluation_hashes = processor, list(evaluation_hashes)
+        self.path, self._pieces = Path(self.name).absolute(), None
         self.files = self.open_files()
-        self.tables = SourceTables(self.name, self.files.folder, split, revision, streaming)
-        self.licence = licence or self._licence_of_card() or self.default_licence
-        self.report_dir = str(report_dir or _scratch_folder())
+        self.tables = SourceTables(self.name, self.path, self.files.folder, split, revision, streaming)
+        self.licence = _licence_name(licence) or self._licence_of_card() or self.default_licence
+        self.report_dir = str(report_dir or scratch_folder())
         self.all_shards = self.shards()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -168,22 +176,39 @@ class Reader:
 
     def json_files(self):
         """The JSON files to read, by what the rows' column `source` says of them; none means that the source is a table."""
-        path = Path(self.name)
-        if path.is_file():
+        if self.path.is_file():
             if self.configs:
                 raise ValueError(f"`config` names {self.configs}, but `{self.name}` is one file: leave it out.")
-            return {"": [path.name]} if path.suffix in JSON_SUFFIXES else {}
-        if any(self.files.glob(pattern) for pattern in ("**/*.parquet", "**/*.arrow")):
+            if self.path.suffix not in JSON_SUFFIXES:
+                return {}
+            self._refuse_split([self.path.name])
+            return {"": [self.path.name]}
+        found = self._json_names()
+        has_table = any(self.files.glob(pattern) for pattern in ("**/*.parquet", "**/*.arrow"))
+        if not found or has_table and not self.json_first:
             return {}
-        found = [name for suffix in JSON_SUFFIXES for name in self.files.glob(f"*{suffix}")]
-        if self.configs and found:
-            unknown = sorted(set(self.configs) - set(found))
-            if unknown:
+        if self.configs:
+            if unknown := sorted(set(self.configs) - set(found)):
                 raise ValueError(f"`config` names {unknown}, but `{self.name}` has the files {found}.")
-            found = self.configs
-        if len(found) > 1 and not self.configs:
-            raise ValueError(f"`{self.name}` has several files, {found}: name those to read as `config`.")
-        return {"": found} if found else {}
+            self._refuse_split(self.configs)
+            return {"": self.configs}
+        if len(found) > 1:
+            named = [name for name in found if Path(name).stem == self.split]
+            if not named:
+                raise ValueError(f"`{self.name}` has several files, {found}: name those to read as `config`.")
+            return {"": named}
+        self._refuse_split(found)
+        return {"": found}
+
+    def _json_names(self):
+        found = [name for suffix in JSON_SUFFIXES for name in self.files.glob(f"*{suffix}")]
+        return [name for name in found if Path(name).stem not in METADATA]
+
+    def _refuse_split(self, names):
+        if self.split not in ("train", *(Path(name).stem for name in names)):
+            raise ValueError(
+                f"`split` is {self.split!r}, but `{self.name}` has {names}: a JSON file has no splits, name another as `config`."
+            )
 
     def convert(self, record, subset):
         """
@@ -213,17 +238,20 @@ class Reader:
     # -----------------------------------------------------------------------------------------------------------------
 
     def shards(self):
-        """The parts of the source, in order."""
-        shards = []
-        for source, files in self.json_files().items():
+        """The parts of the source, in order; the records of a JSON file are laid out in pieces, one for each."""
+        shards, json_files = [], self.json_files()
+        for source, files in json_files.items():
             left = self.max_rows
             for file in files:
-                number = len(read_records(self.files.path(file)))
-                number = number if left is None else min(number, left)
-                left = None if left is None else left - number
-                starts = range(0, number, RECORDS_PER_SHARD)
-                shards += [Shard(source, file, start, min(start + RECORDS_PER_SHARD, number)) for start in starts]
-        if shards or self.json_files():
+                records = read_records(self.files.path(file))[:left]
+                left = None if left is None else left - len(records)
+                for start in range(0, len(records), RECORDS_PER_SHARD):
+                    shard = Shard(source, file, start, min(start + RECORDS_PER_SHARD, len(records)))
+                    self._pieces = self._pieces or scratch_folder()
+                    with open(self._piece(shard), "wb") as piece:
+                        pickle.dump(records[start : shard.stop], piece)
+                    shards.append(shard)
+        if json_files:
             return shards
         for config in self.tables.wanted(self.configs):
             table = self.tables.split(config)
@@ -231,16 +259,33 @@ class Reader:
             shards += [Shard(config or "", None, index, None) for index in range(number)]
         return shards
 
+    def _piece(self, shard):
+        digest = hashlib.sha256(f"{shard.source}/{shard.file}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        return Path(self._pieces) / f"{digest}-{shard.index}.pickle"
+
     def splits(self):
-        """The splits that a table has; JSON sources have none."""
-        return [] if self.json_files() else list(self.tables.splits(self.all_shards[0].source or None))
+        """The splits that there are: of a table, or JSON files of their names."""
+        if self.json_files():
+            return [] if self.path.is_file() or self.configs else [Path(name).stem for name in self._json_names()]
+        return list(self.tables.splits(self.all_shards[0].source or None))
+
+    def versions(self):
+        """Name, size and time of change of the local files with the records: whether they are what they were."""
+        names = [name for files in self.json_files().values() for name in files]
+        paths = [self.files.path(name) for name in names]
+        if not names and self.path.is_file():
+            paths = [self.path]
+        elif not names and self.files.folder is not None:
+            paths = sorted(path for suffix in LOADERS for path in self.files.folder.rglob(f"*{suffix}"))
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
     def records(self, shard):
-        """Row id and record, one after the other."""
+        """Row id, place and record, one after the other; a place is one record's alone, an id need not be."""
         if shard.file is not None:
-            records = read_records(self.files.path(shard.file))
-            for number in range(shard.index, shard.stop):
-                yield self._row_id(shard, records[number], number), records[number]
+            with open(self._piece(shard), "rb") as piece:
+                records = pickle.load(piece)
+            for number, record in enumerate(records, start=shard.index):
+                yield self._row_id(shard, record, number), f"{shard.file}/{number}", record
             return
         table = self.tables.split(shard.source or None)
         if self.max_rows is not None:
@@ -250,7 +295,8 @@ class Reader:
         # A data loader's worker that iterates over a table gets a part of it: but the shard is this worker's alone.
         for number, batch in enumerate(table.iter(batch_size=1)):
             record = {name: values[0] for name, values in batch.items()}
-            yield self._row_id(shard, record, f"{shard.index}-{number}"), record
+            place = f"{shard.index}-{number}"
+            yield self._row_id(shard, record, place), f"{shard.source}/{place}", record
 
     def _row_id(self, shard, record, number):
         words = (shard.source, self.id_of(record, number))
@@ -261,8 +307,8 @@ class Reader:
             card = DatasetCard.load(self.files.path("README.md"))
         except Exception:  # there is no card, or none that can be read
             return None
-        licence = card.data.get("license") or card.data.get("license_name")
-        return ", ".join(map(str, licence)) if isinstance(licence, list) else licence
+        licence = card.data.get("license")
+        return _licence_name(card.data.get("license_name") or licence if licence in (None, "other") else licence)
 
     # -----------------------------------------------------------------------------------------------------------------
     # From a record to a row
@@ -282,22 +328,23 @@ class Reader:
             ValueError: a record that cannot be trained on, if `bad_rows` is `"raise"`.
         """
         filters = [load_filter(spec) for spec in self.filters]
+        known = KnownImages(self.evaluation_hashes)
         collator = None if self.processor is None else AMVLDataCollator(self.processor)
         count_tokens = None if collator is None else lambda row: _count_tokens(collator, row)
         source = self.source or shard.source or self.format
         report, part_name = SourceReport(), self.part_names()[self.all_shards.index(shard)]
         try:
-            for number, (record_id, record) in enumerate(self.records(shard)):
+            for number, (record_id, place, record) in enumerate(self.records(shard)):
                 if number % ROWS_PER_PART == ROWS_PER_PART - 1:
                     write_part(self.report_dir, part_name, {source: report})
-                for row_id, draft in self._drafts(record_id, record, shard.source):
+                for turn, (row_id, draft) in enumerate(self._drafts(record_id, record, shard.source)):
                     report.read += 1
-                    copies = int(self.weight) + (priority(self.seed, row_id) < self.weight % 1)
+                    copies = int(self.weight) + (priority(self.seed, place, turn) < self.weight % 1)
                     if not copies:
                         report.not_sampled += 1
                         continue
                     try:
-                        row, pictures, repaired = self._finish(draft, source, row_id, collator, filters)
+                        row, pictures, repaired = self._finish(draft, source, row_id, collator, filters, known)
                     except BadRow as error:
                         if self.bad_rows == "raise" and not isinstance(error, _Filtered):
                             raise ValueError(
@@ -328,7 +375,7 @@ class Reader:
             (f"{record_id} turn {number + 1}" if len(drafts) > 1 else record_id, d) for number, d in enumerate(drafts)
         ]
 
-    def _finish(self, draft, source, row_id, collator, filters):
+    def _finish(self, draft, source, row_id, collator, filters, known):
         if isinstance(draft, BadRow):
             raise draft
         check_texts(draft.prompt, draft.answer, len(draft.images))
@@ -345,7 +392,7 @@ class Reader:
             "source": source,
             "row_id": row_id,
         }
-        if self.evaluation_hashes and any(map(self._is_in_evaluation, pictures)):
+        if any(map(known.has, pictures)):
             raise _Filtered("an image that is also in the evaluation rows")
         if collator is not None:
             try:
@@ -353,7 +400,13 @@ class Reader:
             except ValueError as error:
                 raise BadRow("a row that the processor cannot take", str(error)) from error
         for name, keeps in filters:
-            if not keeps({**row, "images": pictures}):
+            try:
+                kept = keeps({**row, "images": pictures})
+            except Exception as error:
+                raise ValueError(
+                    f"The filter `{name}` fails on row {row_id!r} of `{self.name}`: {type(error).__name__}: {error}"
+                ) from error
+            if not kept:
                 raise _Filtered(f"the filter `{name}`")
         return row, pictures, repaired
 
@@ -365,12 +418,6 @@ class Reader:
             if isinstance(value, str):
                 return {"bytes": None, "path": str(self.files.image(value))}
         return store_image(value, self.files.image_folders)
-
-    def _is_in_evaluation(self, picture):
-        if is_flat(picture):
-            return False
-        own = perceptual_hash(picture)
-        return any(is_near_duplicate(own, other) for other in self.evaluation_hashes)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What comes out
@@ -388,22 +435,27 @@ class Reader:
         Raises:
             ValueError: no record can be trained on; or the first bad one, if `bad_rows` is `"raise"`.
         """
+        dataset = self.read_or_none()
+        if dataset is None:
+            raise ValueError(f"`{self.name}` has no row that can be trained on: {self.report}{self._hint()}")
+        return dataset, self.report
+
+    def read_or_none(self):
+        """The rows alone; `None` if a map-style dataset would have none."""
         settings = {"features": FEATURES, "gen_kwargs": {"reader": self, "shards": self.all_shards}}
         if not self.all_shards:
-            raise ValueError(f"`{self.name}` has no record.")
+            return None
         if self.streaming:
             dataset = IterableDataset.from_generator(_rows_of, **settings)
         else:
             try:
-                dataset = Dataset.from_generator(_rows_of, cache_dir=_scratch_folder(), **settings)
+                dataset = Dataset.from_generator(_rows_of, cache_dir=scratch_folder(), **settings)
             except DatasetGenerationError as error:  # hides what was raised
                 raise error.__cause__ or error from None
-            except ValueError as error:  # of a table without rows
-                raise ValueError(
-                    f"`{self.name}` has no row that can be trained on: {self.report}{self._hint()}"
-                ) from error
+            except ValueError:  # of a table without rows
+                return None
         dataset.info.license = licence_text(self.licences())
-        return dataset, self.report
+        return dataset
 
     @property
     def report(self):
@@ -434,6 +486,12 @@ class _Filtered(BadRow):
     """A row that is good and not wanted."""
 
 
+def _licence_name(licence):
+    """A licence as one text; `None` for what is none."""
+    names = licence if isinstance(licence, list) and licence else [licence]
+    return ", ".join(names) if all(isinstance(name, str) and name.strip() for name in names) else None
+
+
 def licence_text(licences):
     """Licences by source, as `DatasetInfo.license` carries them to the model card: a line each."""
     return "\n".join(f"{source}: {licence}" for source, licence in licences.items())
@@ -449,7 +507,7 @@ def _count_tokens(collator, row):
     return [int(batch["attention_mask"].sum()), int(batch["completion_mask"].sum())]
 
 
-def _scratch_folder():
+def scratch_folder():
     """A folder for what a reader writes, on the disk of the datasets' cache; it goes with the process."""
     Path(datasets_config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="amvl-", dir=datasets_config.HF_DATASETS_CACHE)

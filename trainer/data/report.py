@@ -248,18 +248,34 @@ class DataReport:
     def __str__(self):
         lines = [f"kept {sum(self.kept.values())} rows: " + ", ".join(f"{k} {v}" for k, v in self.kept.items())]
         dropped = self.dropped
+        sources = self.sources.values()
+        for what, number in (
+            ("copies of them", sum(source.copies for source in sources)),
+            ("not taken, by the `weight` of their source", sum(source.not_sampled for source in sources)),
+        ):
+            lines += [f"{number} {what}"] if number else []
         for reason, number in self.num_dropped.items():
             lines.append(f"dropped {number}: {reason}, for example {', '.join(map(str, dropped[reason]))}")
         return "\n".join(lines)
 
 
 def write_part(folder, name, sources):
-    """Writes what one process counted in one shard; `sources` are [`SourceReport`]s by name."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / f"{name}.part.json", json.dumps({key: source.to_dict() for key, source in sources.items()})
-    )
+    """
+    Writes what one process counted in one shard, unless more of it has been counted before: a second epoch that is cut short
+    takes nothing back.
+
+    Args:
+        folder (`str`): of the parts.
+        name (`str`): of the shard.
+        sources (`dict[str, SourceReport]`): by name.
+    """
+    path = Path(folder) / f"{name}.part.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if sum(values["read"] for values in before.values()) > sum(source.read for source in sources.values()):
+            return
+    write_atomically(path, json.dumps({key: source.to_dict() for key, source in sources.items()}))
 
 
 def write_atomically(path, text):

@@ -87,9 +87,15 @@ def with_images(text, placeholder, num_images):
     parts = []
     for number, piece in enumerate(pieces):
         # The line break that separates a placeholder from its text is no part of the question.
-        piece = re.sub(r"^\s*\n\s*|\s*\n\s*$", "", piece) if placeholder in text else piece
+        piece = _without_outer_breaks(piece) if placeholder in text else piece
         parts += [IMAGE] * (number > 0) + [text_part(piece)] * (not is_blank(piece))
     return parts
+
+
+def _without_outer_breaks(text):
+    head, tail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    text = text.lstrip() if "\n" in head else text
+    return text.rstrip() if "\n" in tail else text
 
 
 def with_rationale(rationale, answer):

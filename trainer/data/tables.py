@@ -1,13 +1,17 @@
 """Finds the tables of a source: parquet, Arrow or saved to disk, in a folder, in one file or on the Hub."""
 
+import json
 from pathlib import Path, PurePosixPath
 
 from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
+from .images import allowed_folders
+
 
 SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
+ROWS_PER_SHARD = 500  # of a dataset saved to disk; parquet has its row groups
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -16,15 +20,16 @@ class SourceTables:
     The tables of a source by config and split, images undecoded. Each is opened once in a process.
 
     Args:
-        name (`str`): a folder, a file, or the id of a dataset repository.
+        name (`str`): a folder, a file, or the id of a dataset repository, as messages call it.
+        path (`Path`): the same as an absolute path.
         folder (`Path`, *optional*): where its files are; `None` is a repository, which `datasets` reads.
         split (`str`): which split is read.
         revision (`str`, *optional*): of the repository.
         streaming (`bool`): read the repository without downloading it first.
     """
 
-    def __init__(self, name, folder, split, revision, streaming):
-        self.name, self.folder, self.split_name = name, folder, split
+    def __init__(self, name, path, folder, split, revision, streaming):
+        self.name, self.path, self.folder, self.split_name = name, path, folder, split
         self.revision, self.streaming = revision, streaming
         self._subfolders, self._opened = [], {}
 
@@ -45,7 +50,8 @@ class SourceTables:
             ValueError: one that the source has not; a card that names files outside its folder.
         """
         names = ["default"]
-        if not Path(self.name).is_file() and not self._is_saved_to_disk():
+        self._refuse_links()
+        if not self.path.is_file() and not self._is_saved_to_disk():
             self._refuse_files_outside()
             try:
                 names = get_dataset_config_names(str(self.folder or self.name), revision=self.revision)
@@ -80,10 +86,34 @@ class SourceTables:
         if self.split_name not in splits:
             raise ValueError(f"`split` is {self.split_name!r}, but `{self.name}` has {list(splits)}.")
         table = splits[self.split_name]
-        return (table.to_iterable_dataset() if isinstance(table, Dataset) else table).decode(False)
+        if isinstance(table, Dataset):
+            table = table.to_iterable_dataset(num_shards=max(1, -(-len(table) // ROWS_PER_SHARD)))
+        elif self.folder is not None:  # of a file that is not here, that would be many requests
+            table = table.reshard()
+        return table.decode(False)
+
+    def _is_dict(self):
+        return (self.folder / "dataset_dict.json").exists()
 
     def _is_saved_to_disk(self):
         return self.folder is not None and any((self.folder / name).exists() for name in SAVED_TO_DISK)
+
+    def _refuse_links(self):
+        """Neither a link nor a saved dataset's list of files may lead out of the folder."""
+        if self.folder is None:
+            return
+        paths = [path for suffix in LOADERS for path in self.folder.rglob(f"*{suffix}")]
+        for state in self.folder.rglob("state.json"):
+            try:
+                paths += [state.parent / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
+            except (OSError, ValueError, KeyError, TypeError):  # another program's; `datasets` says so if it is none
+                continue
+        allowed = allowed_folders(self.folder)
+        for path in paths:
+            if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+                raise ValueError(
+                    f"`{self.name}` has {path.name!r}, which leads out of it: name the folder that the files are in."
+                )
 
     def _refuse_files_outside(self):
         """A card may name data files anywhere on this machine, and `datasets` would read them."""
@@ -99,7 +129,7 @@ class SourceTables:
                 raise ValueError(f"`{self.name}` has a README.md that names {path!r}, which is outside its folder.")
 
     def _open(self, config):
-        path = Path(self.name)
+        path = self.path
         if self.folder is None:
             where = {"path": self.name, "revision": self.revision, "streaming": self.streaming}
         elif path.is_file():
@@ -108,6 +138,11 @@ class SourceTables:
             where = {"path": LOADERS[path.suffix], "data_files": {self.split_name: str(path)}, "streaming": True}
         elif self._is_saved_to_disk():
             try:
+                names = (
+                    json.loads((self.folder / "dataset_dict.json").read_bytes())["splits"] if self._is_dict() else []
+                )
+                if any(not isinstance(name, str) or Path(name).name != name for name in names):
+                    raise ValueError(f"its splits are {names}, which are no names of folders in it")
                 tables = load_from_disk(str(self.folder))
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"`{self.name}` cannot be read as a saved dataset: {error}") from error

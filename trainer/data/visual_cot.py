@@ -12,7 +12,8 @@ from .rows import IMAGE, BadRow, brief, is_blank, message, with_images
 FILE = "viscot_363k.json"
 # "Please provide the bounding box coordinate of the region that can help you answer the question better."
 BOX_REQUEST = re.compile(
-    r"(?:\s*\bplease\s+|(?:^|(?<=[.?!])\s+|\n\s*))(?:provide|give|output|return|predict)\s+"
+    r"(?:\b(?:first|then|also|next)\s*,?\s+)?(?:\bplease\s+|\b(?:can|could|would) you (?:please )?|(?:^|(?<=[.?!])\s|\n))"
+    r"(?:provide|give|output|return|predict|specify|locate|find|draw|mark|identify|report)\s+"
     r"(?:me\s+|us\s+)?(?:with\s+)?(?:the\s+|a\s+)?bounding box(?:es)?\b(?:[^.?!\n]|\.(?=\d))*[.?!]?",
     re.IGNORECASE,
 )
@@ -30,6 +31,7 @@ class VisualCoTReader(Reader):
     """
 
     format = "visual_cot"
+    json_first = True
     hub_id = "deepcs233/Visual-CoT"
     default_licence = "apache-2.0"
     missing_images_hint = (
