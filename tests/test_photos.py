@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from trainer.data.photos import SCIKIT_IMAGE_PHOTOS, group_copies, load_photos, split_photos
 
@@ -65,3 +65,43 @@ def test_whole_factors_shrink_by_exact_means(tmp_path):
     small = np.asarray(load_photos(tmp_path, min_side=60)["noise.png"])
     total = sum(pixels[i::2, j::2].astype(int) for i in (0, 1) for j in (0, 1))
     np.testing.assert_array_equal(small, (total + 2) // 4)
+
+
+def cut(photo, part):
+    """The middle of a photograph, without so much of its width and height on each side."""
+    width, height = photo.size
+    return photo.crop((int(width * part), int(height * part), int(width * (1 - part)), int(height * (1 - part))))
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        (ImageOps.mirror, 17),
+        (ImageOps.flip, 17),
+        (lambda photo: photo.rotate(90, expand=True), 17),
+        (lambda photo: photo.rotate(180), 17),
+        (lambda photo: photo.rotate(270, expand=True), 17),
+        (lambda photo: cut(photo, 0.03), 16),
+        (lambda photo: cut(photo, 0.05), 16),
+        (lambda photo: cut(photo, 0.1), 16),
+    ],
+)
+def test_mirrored_turned_and_cropped_copies_are_found(photos, change, least):
+    changed = {f"copy of {name}": change(photo) for name, photo in photos.items()}
+    groups = group_copies({**photos, **changed})
+    assert all(len({name.removeprefix("copy of ") for name in group}) == 1 for group in groups)
+    assert sum(len(group) == 2 for group in groups) >= least
+
+
+def test_photos_of_16_bits_are_read_as_they_look(photos, tmp_path):
+    grey = np.asarray(photos["coins.png"].convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(load_photos(tmp_path)["deep.png"])[..., 0], grey)
+
+
+def test_hidden_files_and_what_is_no_picture_are_passed_over(photos, tmp_path):
+    photos["coins.png"].save(tmp_path / "coins.png")
+    for name in ("._coins.png", "notes.pdf", "clip.mpg", "data.h5", ".cache/other.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"none")
+    assert list(load_photos(tmp_path)) == ["coins.png"]

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from .images import NEAR_DUPLICATE_BITS, perceptual_hash
+from .images import FORMATS, NEAR_DUPLICATE_BITS, _mended, perceptual_hash
 
 
 # The real photographs in the wheel of scikit-image: no download. Left out: drawings (logo, horse, colour wheel,
@@ -39,15 +39,18 @@ SCIKIT_IMAGE_PHOTOS = (
 
 MAX_PHOTO_SIDE = 256  # pixels: the shorter side of a photograph in memory
 THUMBNAIL_SIDE = 8  # pixels
+HASHED_SIDE = 128  # pixels: of the square from which crops and turns are hashed
+CROPS = tuple(part / 50 for part in range(39, 50))  # of each side, about the middle
+TURNS = tuple(Image.Transpose)  # the seven ways to mirror and turn a picture
 FLAT_CONTRAST = 4.0  # grey levels, standard deviation over a thumbnail: below, a perceptual hash is made of noise
-SAME_COLOR = 3.0  # grey levels, mean difference of two thumbnails of flat photographs. JPEG at quality 10 makes 1.5
+SAME_COLOR = 3.0  # grey levels, difference of flat photographs' mean colours. JPEG at quality 10 makes 1.5 at most
 HASH_BITS = 256
 ROWS_AT_ONCE = 1024  # of the table of distances between all pairs of photographs
 
 
 def _read_photo(path, min_side: int | None) -> Image.Image:
     with path.open("rb") as file, Image.open(file) as image:
-        photo = ImageOps.exif_transpose(image).convert("RGB")
+        photo = _mended(image)  # upright, and RGB of 8 bits
     shorter = min(photo.size)
     if min_side is not None:
         return photo.reduce(shorter // min_side) if shorter >= 2 * min_side else photo
@@ -63,8 +66,8 @@ def load_photos(image_dir: str | Path | None = None, min_side: int | None = None
 
     Args:
         image_dir (`str` or `Path`, *optional*):
-            Folder whose images (subfolders included, any format that Pillow knows by its suffix) are read. By default
-            the photographs inside scikit-image's wheel are, which needs no network.
+            Folder whose images (subfolders included; JPEG, PNG, WebP, TIFF and such by their suffix; no hidden ones) are
+            read. By default the photographs inside scikit-image's wheel are, which needs no network.
         min_side (`int`, *optional*):
             Shrink by the largest whole factor that leaves the shorter side this many pixels, which is whole-number
             arithmetic and so the same on every machine. By default shrink to a shorter side of 256 pixels exactly.
@@ -90,12 +93,13 @@ def load_photos(image_dir: str | Path | None = None, min_side: int | None = None
         root = Path(image_dir)
         if not root.is_dir():
             raise ValueError(f"`image_dir` must be an existing folder of images, but got '{image_dir}'.")
-        suffixes = Image.registered_extensions()
-        paths = {
-            path.relative_to(root).as_posix(): path
-            for path in sorted(root.rglob("*"))
-            if path.suffix.lower() in suffixes and path.is_file()
-        }
+        suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+        paths = {}
+        for path in sorted(root.rglob("*")):
+            name = path.relative_to(root)
+            hidden = any(part.startswith(".") for part in name.parts)  # "._photo.jpg", which macOS leaves behind
+            if path.suffix.lower() in suffixes and path.is_file() and not hidden:
+                paths[name.as_posix()] = path
         if not paths:
             raise ValueError(f"`image_dir` '{image_dir}' holds no image. Put photographs (.jpg, .png, ...) into it.")
 
@@ -119,13 +123,25 @@ def load_photos(image_dir: str | Path | None = None, min_side: int | None = None
     return photos
 
 
+def _hashes(photo: Image.Image) -> list[list[int]]:
+    """Perceptual hashes, as lists of bytes, of a photograph, of its turned and mirrored copies, and of its middle."""
+    square = photo.resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.BOX)
+    looks = [photo, *(square.transpose(turn) for turn in TURNS)]
+    for part in CROPS:
+        rest = (1 - part) / 2
+        box = (photo.width * rest, photo.height * rest, photo.width * (1 - rest), photo.height * (1 - rest))
+        looks.append(photo.resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.BOX, box=box))
+    return [list(perceptual_hash(look).to_bytes(HASH_BITS // 8, "big")) for look in looks]
+
+
 def group_copies(photos: Mapping[str, Image.Image]) -> list[list[str]]:
     """
-    Groups the names of photographs that show the same picture, resized or recompressed as they may be.
+    Groups the names of photographs that show the same picture, resized, recompressed, mirrored, turned or cropped.
 
-    Two photographs are copies when their perceptual hashes differ in few bits, see [`is_near_duplicate`]; of two
-    photographs without contrast, whose hashes are made of noise, when also their colours agree. Copies of copies are
-    in the same group.
+    Two photographs are copies when their perceptual hashes differ in few bits, see [`is_near_duplicate`], or those of
+    one and of the other mirrored, turned by a right angle, or cropped about its middle by up to a fifth of its sides;
+    of two photographs without contrast, whose hashes are made of noise, when also their colours agree. Copies of copies
+    are in the same group.
 
     Args:
         photos (`Mapping[str, Image.Image]`):
@@ -135,15 +151,14 @@ def group_copies(photos: Mapping[str, Image.Image]) -> list[list[str]]:
         `list[list[str]]`: Sorted groups of sorted names; a photograph without copies is a group of its own.
     """
     names = sorted(photos)
-    hashes = np.array(
-        [list(perceptual_hash(photos[name]).to_bytes(HASH_BITS // 8, "big")) for name in names], np.uint8
-    )
-    signs = np.unpackbits(hashes, axis=1).astype(np.float32) * 2 - 1  # +1, -1: bits that agree less bits that do not
+    hashes = np.array([_hashes(photos[name]) for name in names], np.uint8)  # (N, ways to look at one, bytes)
+    signs = np.unpackbits(hashes, axis=2).astype(np.float32) * 2 - 1  # +1, -1: bits that agree less bits that do not
     thumbnails = [
         np.asarray(photos[name].resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX), np.float32)
         for name in names
     ]
     flat = [thumbnail.mean(-1).std() < FLAT_CONTRAST for thumbnail in thumbnails]
+    colors = [thumbnail.mean((0, 1)) for thumbnail in thumbnails]
 
     leader = list(range(len(names)))  # of each photograph's group, by a path of ever smaller numbers
 
@@ -153,15 +168,15 @@ def group_copies(photos: Mapping[str, Image.Image]) -> list[list[str]]:
         return index
 
     for start in range(0, len(names), ROWS_AT_ONCE):
-        distances = (HASH_BITS - signs[start : start + ROWS_AT_ONCE] @ signs.T) / 2  # whole numbers: exact in float32
-        for row, column in np.argwhere(distances <= NEAR_DUPLICATE_BITS).tolist():
-            a, b = start + row, column
-            if a >= b:
-                continue
-            if flat[a] and flat[b] and np.abs(thumbnails[a] - thumbnails[b]).mean() > SAME_COLOR:
-                continue
-            a, b = find(a), find(b)
-            leader[max(a, b)] = min(a, b)
+        rows = signs[start : start + ROWS_AT_ONCE, 0]
+        for way in range(signs.shape[1]):
+            distances = (HASH_BITS - rows @ signs[:, way].T) / 2  # whole numbers: exact in float32
+            for row, column in np.argwhere(distances <= NEAR_DUPLICATE_BITS).tolist():
+                a, b = start + row, column
+                if flat[a] and flat[b] and np.abs(colors[a] - colors[b]).mean() > SAME_COLOR:
+                    continue
+                a, b = find(a), find(b)
+                leader[max(a, b)] = min(a, b)
     groups = {}
     for index, name in enumerate(names):
         groups.setdefault(find(index), []).append(name)

@@ -19,6 +19,7 @@ SPLITS = {"train": "train", "val": "held_out"}  # as BLINK calls them, and as `s
 IMAGE_SIZES = (96, 1024)  # pixels: in less the letters fill the picture; files are not compressed
 MAX_IMAGES = 4
 LETTERS = "ABCD"
+TURNS = 16  # how often each letter comes in a block of rows
 
 
 class Kind(NamedTuple):
@@ -57,10 +58,17 @@ FEATURES = datasets.Features(
 )
 
 
-def _turn(key: str, index: int, count: int) -> int:
-    """Of `count` values the one whose turn it is: every block of `count` rows has each once, in an order of its own."""
-    block, position = divmod(index, count)
-    return Random(f"{key}/{block}").shuffled(range(count))[position]
+def _turn(key: str, index: int, count: int) -> tuple[int, int]:
+    """
+    Of `count` values the one whose turn it is, and how often it came before.
+
+    Every block of `TURNS * count` rows has each value `TURNS` times, in an order of its own, which is long enough for
+    the rows before to say little of the next.
+    """
+    block, position = divmod(index, TURNS * count)
+    order = Random(f"{key}/{block}").shuffled(list(range(count)) * TURNS)
+    value = order[position]
+    return value, TURNS * block + order[:position].count(value)
 
 
 def _check(kind: str, num_rows: int, split: str, seed: int, difficulty, image_size: int) -> tuple[float, float]:
@@ -102,19 +110,9 @@ def read_sides(image_dir: str | Path | None = None, image_size: int = 256, split
     # The JPEGs of scikit-image stay out: what a JPEG decodes to depends on the decoder, a PNG does not.
     left_out = {name for name in SCIKIT_IMAGE_PHOTOS if not name.endswith(".png")} if image_dir is None else set()
     return {
-        split: Photos({name: photos[name] for name in sides[side] if name not in left_out})
+        split: Photos({name: photos[name] for name in sides[side] if name not in left_out}, side == "held_out")
         for split, side in SPLITS.items()
     }
-
-
-def _check_photos(kind: str, sides: dict[str, Photos]) -> None:
-    needed = KINDS[kind].num_photos
-    counts = {split: len(side.photos) for split, side in sides.items()}
-    if min(counts.values()) < needed:
-        raise ValueError(
-            f"`kind` {kind!r} needs at least {needed} different photograph(s) for training and as many held out, but "
-            f"`image_dir` leaves {counts}, copies counted once. Add photographs to it."
-        )
 
 
 def generate_puzzles(
@@ -144,10 +142,15 @@ def generate_puzzles(
     """
     low, high = _check(kind, num_rows, split, seed, difficulty, image_size)
     if KINDS[kind].num_photos == 0:
-        sides = {split: Photos({})}
+        sides = {split: Photos({}, SPLITS[split] == "held_out")}
     elif sides is None:
         sides = read_sides(image_dir, image_size, split_seed)
-    _check_photos(kind, sides)
+    needed, found = KINDS[kind].num_photos, len(sides[split].photos)
+    if found < needed:
+        raise ValueError(
+            f"`kind` {kind!r} needs at least {needed} different photograph(s) for `split` {split!r}, but `image_dir` "
+            f"leaves {found}, copies counted once. Add photographs to it."
+        )
     return _rows(kind, num_rows, split, seed, low, high, image_size, sides[split])
 
 
@@ -158,9 +161,8 @@ def _rows(
     too_even = photos.too_even
     for index in range(num_rows):
         key = f"{seed}/{split}/{kind}"
-        answer = _turn(f"{key}/letter", index, num_choices)
-        # Each letter comes once in every block, so the block counts how often it came.
-        case = _turn(f"{key}/case/{answer}", index // num_choices, num_cases)
+        answer, count = _turn(f"{key}/letter", index, num_choices)
+        case, _ = _turn(f"{key}/case/{answer}", count, num_cases)
         rng = Random(f"{key}/row/{index}")
         difficulty = rng.uniform(low, high)
         puzzle = make(rng, photos, image_size, difficulty, answer, case)
@@ -205,8 +207,8 @@ def build_puzzles(
     - `Jigsaw`: which piece of the same photograph fills the black corner. The wrong one lies 2 to 0.4 sides of a piece
       away from the right one.
     - `Visual_Similarity`: which image shows the place of the first. Its two views lie 0.1 to 0.75 of a side apart, and
-      size and light differ more and more.
-    - `Multi-view_Reasoning`: whether the camera moved left or right. The scene moves by 0.36 to 0.08 of the width.
+      size, light and sharpness differ more and more. The other image has about as fine a texture.
+    - `Multi-view_Reasoning`: whether the camera moved left or right. The scene moves by 0.26 to 0.08 of the width.
     - `Visual_Correspondence`: which point is the marked one. Others are at least 0.22 to 0.11 of the width away, in
       views that differ more and more.
     - `Counting`: how many objects have one shape, of 8 to 20 objects.
@@ -214,10 +216,10 @@ def build_puzzles(
     - `Spatial_Relation`: whether one object lies on a side of another, which is 0.1 to 0.75 times as far off that
       direction as along it, among 0 to 6 other objects.
     - `IQ_Test`: which drawing continues a sequence of 1 to 3 rules. No photograph is needed.
-    - `Multi-hop_Reasoning`: which letter 2 to 8 arrows lead to.
+    - `Multi-hop_Reasoning`: which letter 3 to 8 arrows lead to.
 
-    Letters take turns, in an order that the seed permutes, and so do yes and no, left and right, and the place of the
-    right number among the four. Which candidate is right is decided by a coin after all candidates are drawn, so that
+    Letters take turns, each 16 times in a block of rows that the seed permutes, and so do yes and no, left and right,
+    and the place of the right number among the four. Which candidate is right is decided by a coin after all candidates are drawn, so that
     question, options and means of the pictures say nothing; [`text_only_accuracy`] and [`pixel_mean_accuracy`] measure
     it. Row `i` depends on seed, split, kind and `i`, and a longer dataset starts with the rows of a shorter one.
 
@@ -230,7 +232,8 @@ def build_puzzles(
         num_rows (`int`):
             Number of rows, at least one.
         split (`str`, *optional*, defaults to `"train"`):
-            `"train"` or `"val"`: which photographs the rows are made of. No photograph, and no copy of one, is in both.
+            `"train"` or `"val"`: which photographs the rows are made of. No photograph, and no copy of one, is in both,
+            nor are the four pictures of an `IQ_Test`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the rows, zero or more.
         difficulty (`float` or `tuple[float, float]`, *optional*, defaults to `0.5`):

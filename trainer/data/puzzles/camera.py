@@ -95,9 +95,11 @@ class Photos:
 
     Args:
         photos (`Mapping[str, Image.Image]`): RGB photographs by name.
+        held_out (`bool`, *optional*, defaults to `False`): Whether the split is that for validation.
     """
 
-    def __init__(self, photos: Mapping[str, Image.Image]):
+    def __init__(self, photos: Mapping[str, Image.Image], held_out: bool = False):
+        self.held_out = held_out
         self.photos = [Photo(name, photos[name]) for name in sorted(photos)]
         self.too_even = 0  # puzzles whose photographs had no place with enough texture
 
@@ -152,6 +154,12 @@ def crop(photo: Photo, box: Box, size: int) -> np.ndarray:
     centers = np.arange(size, dtype=np.float64) + 0.5
     x, y = ((centers * step + start) / 2**level for start in (box.left, box.top))
     return _bilinear(photo.levels[level], x[None], y[:, None])
+
+
+def enlarge(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A square picture at `size` x `size` pixels."""
+    places = (np.arange(size, dtype=np.float64) + 0.5) * pixels.shape[0] / size
+    return _bilinear(pixels, places[None], places[:, None])
 
 
 def warp(photo: Photo, homography: tuple[float, ...], size: int) -> np.ndarray:
@@ -209,12 +217,10 @@ def means(pixels: np.ndarray) -> list[int]:
     return [int(total) * 3 // pixels.size for total in pixels.reshape(-1, 3).sum(0, dtype=np.int64)]
 
 
-def shift_means(pixels: np.ndarray, target: list[int], corner: int = 0) -> np.ndarray:
-    """Adds to each channel what brings its mean, right of and below `corner`, to `target`, in grey levels."""
-    for _ in range(2):  # the second time mends what was cut off at 0 and 255
-        now = means(pixels[corner:, corner:])
-        pixels = relight(pixels, [256] * 3, [want - mean for want, mean in zip(target, now, strict=True)])
-    return pixels
+def add_noise(rng: Random, pixels: np.ndarray, most: int) -> np.ndarray:
+    """Adds to each value of its own a whole number from `-most` to `most`, cut off at 0 and 255."""
+    noise = np.frombuffer(rng.bytes(pixels.size), np.uint8).reshape(pixels.shape) % (2 * most + 1)
+    return (pixels.astype(np.int16) + noise - most).clip(0, 255).astype(np.uint8)
 
 
 def spreads(pixels: np.ndarray) -> list[int]:

@@ -79,6 +79,10 @@ class Random:
     def sign(self) -> int:
         return 1 if self.coin() else -1
 
+    def bytes(self, count: int) -> bytes:
+        """So many random bytes, all at once."""
+        return hashlib.shake_256(str(self.integer(0, 2**53 - 1)).encode()).digest(count)
+
     def choice(self, items: Sequence):
         return items[self.integer(0, len(items) - 1)]
 

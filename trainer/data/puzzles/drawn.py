@@ -1,6 +1,7 @@
 """Puzzles drawn cell by cell: IQ_Test, which continues a sequence, and Multi-hop_Reasoning, which follows arrows."""
 
 import functools
+import hashlib
 
 import numpy as np
 
@@ -36,6 +37,7 @@ SHOWN = 5  # terms of a sequence before the one that is asked for
 NUM_RULES = (1, 3)  # at work at once, at difficulty 0 and 1
 COMPASS = ((0, -12), (8, -8), (12, 0), (8, 8), (0, 12), (-8, 8), (-12, 0), (-8, -8))  # eight directions, clockwise
 SIZES = 9  # steps of size, and of number
+CLEAR_SIDE = 14  # pixels: smaller shapes look alike
 CYCLES = {"shape": SHAPES, "color": NAMES}  # three values in turn
 TURNS = ("hand", "dot")  # eight directions, by a fixed step
 GROWTHS = ("size", "bars")  # one more or one less each time
@@ -75,12 +77,17 @@ def _values(rng: Random, rule: str, count: int) -> list:
     return rng.sample(values, count)
 
 
+def _side(cell: int, term: dict) -> int:
+    """Side of a term's shape in a cell, in pixels."""
+    return cell * (16 + 4 * term["size"] if "size" in term else 36 if "dot" in term else 44) // 64
+
+
 def _draw_term(canvas: np.ndarray, left: int, top: int, cell: int, term: dict) -> None:
     """Draws one term into the square of `cell` pixels at (left, top)."""
     draw_frame(canvas, left + 1, top + 1, cell - 2, cell - 2, 1, (150, 150, 150))
     unit = SUB * cell // 64  # a 64th of the cell in drawing units
     x, y = left * SUB + cell * SUB // 2, top * SUB + cell * SUB * 28 // 64
-    side = cell * (8 + 4 * term["size"] if "size" in term else 30 if "dot" in term else 44) // 64
+    side = _side(cell, term)
     draw_shape(canvas, term["shape"], COLORS[term["color"]], left + (cell - side) // 2, y // SUB - side // 2, side)
     if "hand" in term:
         dx, dy = COMPASS[term["hand"]]
@@ -100,20 +107,17 @@ def _draw_term(canvas: np.ndarray, left: int, top: int, cell: int, term: dict) -
             draw_polygon(canvas, [(start, high), (end, high), (end, bottom), (start, bottom)], BLACK)
 
 
-def iq_test(rng: Random, photos: Photos, size: int, difficulty: float, answer: int, case: int) -> Puzzle:
-    """
-    Which of four pictures goes on with a sequence of five.
-
-    The four are drawn first, such that each value of each changing property is in as many of them as any other; the
-    coin says which is right, and the sequence is reckoned back from it. So the four alone say nothing.
-    """
-    num_rules = round(between(*NUM_RULES, difficulty))
+def _options(rng: Random, num_rules: int, cell: int) -> tuple[list[str], list[tuple], list[dict], dict[str, list]]:
+    """The rules at work, four options, the numbers of their values, and what those values are."""
     rules = rng.shuffled([rule for rule in RULES if num_rules > 1 or rule != "size"])
-    # One thing at the middle's edge at a time, and a size that keeps the shape clear of it.
+    # One thing at the middle's edge at a time, a size that keeps the shape clear of it, and no shape too small to tell.
+    clashes = {"hand": {"dot", "size"}, "dot": {"hand", "size"}, "size": {"hand", "dot"}}
+    if _side(cell, {"size": 1}) < CLEAR_SIDE:
+        clashes["size"] = {"hand", "dot", "shape"}
+        clashes["shape"] = {"size"}
     chosen = []
     for rule in rules:
-        clash = {"hand": {"dot", "size"}, "dot": {"hand", "size"}, "size": {"hand", "dot"}}.get(rule, set())
-        if len(chosen) < num_rules and not clash & set(chosen):
+        if len(chosen) < num_rules and not clashes.get(rule, set()) & set(chosen):
             chosen.append(rule)
     values = {rule: _values(rng, rule, 4 if num_rules == 1 else 2) for rule in chosen}
     if num_rules == 1:
@@ -124,22 +128,41 @@ def iq_test(rng: Random, photos: Photos, size: int, difficulty: float, answer: i
         flip = rng.integer(0, 1)
         codes = [(i, j, (i + j + flip) % 2) for i in range(2) for j in range(2)]
     codes = rng.shuffled(codes)
-    right = codes[answer]
     still = {"shape": rng.choice(SHAPES), "color": rng.choice(NAMES)}
     options = [still | {rule: values[rule][value] for rule, value in zip(chosen, code, strict=True)} for code in codes]
+    return chosen, codes, options, values
+
+
+def iq_test(rng: Random, photos: Photos, size: int, difficulty: float, answer: int, case: int) -> Puzzle:
+    """
+    Which of four pictures goes on with a sequence of five.
+
+    The four are drawn first, such that each value of each changing property is in as many of them as any other; the
+    coin says which is right, and the sequence is reckoned back from it. So the four alone say nothing.
+    """
+    num_rules = round(between(*NUM_RULES, difficulty))
+    cell = size * 25 // 100
+    while True:
+        chosen, codes, options, values = _options(rng, num_rules, cell)
+        # Which split a set of options belongs to: no picture is in both, and a set says nothing of the right one.
+        if (
+            hashlib.sha256(repr(sorted(sorted(option.items()) for option in options)).encode()).digest()[0] % 2
+            == photos.held_out
+        ):
+            break
+    right = codes[answer]
     sequences = {
         rule: _sequence(rng, rule, values[rule], values[rule][value])
         for rule, value in zip(chosen, right, strict=True)
     }
     picture = np.full((size, size, 3), 255, dtype=np.uint8)
-    cell = size * 25 // 100
     scale = text_scale(size)
     gap = (size - 4 * cell) // 5
     for i in range(SHOWN + 1):
         row, column = divmod(i, 3)
         left, top = size // 2 - 3 * cell // 2 + column * cell, size // 50 + row * cell
         if i < SHOWN:
-            _draw_term(picture, left, top, cell, still | {rule: terms[i] for rule, terms in sequences.items()})
+            _draw_term(picture, left, top, cell, options[0] | {rule: terms[i] for rule, terms in sequences.items()})
             continue
         draw_frame(picture, left + 1, top + 1, cell - 2, cell - 2, 1, (150, 150, 150))
         width, height = text_size("?", 2 * scale)
@@ -164,7 +187,7 @@ def iq_test(rng: Random, photos: Photos, size: int, difficulty: float, answer: i
 # Arrows
 # ------------------------------------------------------------------------------
 
-NUM_HOPS = (2, 8)  # arrows from the start to the letter
+NUM_HOPS = (3, 8)  # arrows from the start to the letter
 STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (row, column)
 
 
@@ -202,79 +225,48 @@ def _neighbors(cell: tuple[int, int], grid: int) -> list[tuple[int, int]]:
     ]
 
 
-def _walk(
-    rng: Random, start: tuple[int, int], steps: int, blocked: set, grid: int, end: tuple[int, int] | None = None
-) -> list[tuple[int, int]] | None:
-    """A random path of so many steps that enters no cell twice, to `end` if given; `None` where it ran into a corner."""
-    path = [start]
-    for left in range(steps - 1, -1, -1):
-        free = [
-            cell
-            for cell in _neighbors(path[-1], grid)
-            if cell not in blocked
-            and cell not in path
-            and (end is None or abs(cell[0] - end[0]) + abs(cell[1] - end[1]) <= left)
-            and (left == 0 or cell != end)
-        ]
+def _walk(rng: Random, steps: int, blocked: set, grid: int) -> list[tuple[int, int]] | None:
+    """A random path of so many steps that enters no cell twice; `None` where it ran into a corner."""
+    free = [(row, column) for row in range(grid) for column in range(grid) if (row, column) not in blocked]
+    path = []
+    for _ in range(steps + 1):
         if not free:
             return None
         path.append(rng.choice(free))
+        free = [cell for cell in _neighbors(path[-1], grid) if cell not in blocked and cell not in path]
     return path
+
+
+def _distance(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return abs(a[0] - b[0]) + abs(a[1] - b[1])
 
 
 def _paths(rng: Random, hops: int, grid: int) -> tuple[list[list[tuple[int, int]]], int]:
     """
     Four paths of `hops` steps that share no cell, and which of them is the one that the puzzle asks about.
 
-    The four ends are drawn among all cells that the start can reach in so many steps, and only then the coin decides
-    to which of them its path leads: where the letters stand says nothing.
+    All four are drawn in the same way. A coin says how many of the other ends shall be nearer to the asked start than
+    its own; and where the first arrow leads nearer to its end, so it does to two others: so neither the nearest letter
+    nor one in the first arrow's direction is often right.
     """
-    cells = [(row, column) for row in range(grid) for column in range(grid)]
+    nearer = rng.integer(0, 3)
     while True:
-        start = rng.choice(cells)
-        reach = []
-        for cell in cells:
-            distance = abs(cell[0] - start[0]) + abs(cell[1] - start[1])
-            if 0 < distance <= hops and (hops - distance) % 2 == 0:
-                reach.append(cell)
-        if len(reach) < 4:
-            continue
-        ends = rng.sample(reach, 4)
-        routes = [_route(rng, start, end, hops, set(ends) - {end}, grid) for end in ends]
-        if None in routes:
-            continue
-        layouts = [_beside(rng, routes, asked, grid) for asked in range(4)]
-        if None not in layouts:  # each of the four could have been the right one
-            asked = rng.integer(0, 3)
-            return layouts[asked], asked
-
-
-def _route(rng: Random, start, end, hops: int, blocked: set, grid: int, tries: int = 12):
-    """A random path from `start` to `end`, or anywhere if that is `None`, of several tries; `None` if all failed."""
-    for _ in range(tries):
-        path = _walk(rng, start, hops, blocked, grid, end)
-        if path is not None:
-            return path
-    return None
-
-
-def _beside(rng: Random, routes: list, asked: int, grid: int) -> list[list[tuple[int, int]]] | None:
-    """The asked route, and beside it paths from elsewhere that lead to the other three ends."""
-    ends = {route[-1] for route in routes}
-    for _ in range(12):
-        paths, taken = [], set(routes[asked]) | ends
-        for index, route in enumerate(routes):
-            if index == asked:
-                paths.append(route)
-                continue
-            backward = _route(rng, route[-1], None, len(route) - 1, taken - {route[-1]}, grid)
-            if backward is None:
+        paths = []
+        while len(paths) < 4:
+            path = _walk(rng, hops, {cell for path in paths for cell in path}, grid)
+            if path is None:
                 break
-            taken |= set(backward)
-            paths.append(backward[::-1])
-        if len(paths) == len(routes):
-            return paths
-    return None
+            paths.append(path)
+        if len(paths) < 4:
+            continue
+        fitting = []
+        for index, path in enumerate(paths):
+            distances = [(_distance(other[-1], path[0]), rng.random()) for other in paths]
+            ahead = [_distance(other[-1], path[1]) < _distance(other[-1], path[0]) for other in paths]
+            if sorted(distances).index(distances[index]) == nearer and (not ahead[index] or sum(ahead) > 2):
+                fitting.append(index)
+        if fitting:
+            return paths, rng.choice(fitting)
 
 
 def multi_hop_reasoning(rng: Random, photos: Photos, size: int, difficulty: float, answer: int, case: int) -> Puzzle:

@@ -11,14 +11,15 @@ from .camera import (
     MIN_TEXTURE,
     Box,
     Photos,
+    add_noise,
     crop,
+    enlarge,
     invert,
     means,
     project,
     relight,
     rotation,
     set_light,
-    shift_means,
     spreads,
     warp,
 )
@@ -53,14 +54,17 @@ def _lack(*textures: int) -> int:
 # ------------------------------------------------------------------------------
 
 JIGSAW_DISTANCE = (2.0, 0.4)  # from the right piece to the wrong one, in sides of a piece, at difficulty 0 and 1
+PIECE_LIGHT = 8  # grey levels of brightness, and 128ths of contrast, by which a channel changes at most
+PIECE_NOISE = 2  # grey levels
 
 
 def jigsaw(rng: Random, photos: Photos, size: int, difficulty: float, answer: int, case: int) -> Puzzle:
     """
     Which of two pieces of one photograph fills its black corner.
 
-    Two windows of the photograph are drawn; the coin decides whose surroundings are shown. Both windows are made
-    lighter or darker as a whole until their pieces have the same mean colour, so no mean tells which piece fits.
+    Two windows of the photograph are drawn; the coin decides whose surroundings are shown. Both pieces are brought to
+    the light halfway between theirs, so both are as far from the frame's, and then frame and pieces each get a light
+    and a noise of their own: neither means nor single grey levels tell which piece fits.
     """
     distance = between(*JIGSAW_DISTANCE, difficulty)
 
@@ -78,13 +82,24 @@ def jigsaw(rng: Random, photos: Photos, size: int, difficulty: float, answer: in
     photo, windows = photos.search(rng, draw)
     half = size // 2
     views = [crop(photo, window, size) for window in windows]
-    piece_means = [means(view[half:, half:]) for view in views]
-    target = [(a + b) // 2 for a, b in zip(*piece_means, strict=True)]
-    views = [shift_means(view, target, corner=half) for view in views]
+    pieces = [view[half:, half:] for view in views]
+    target_means, target_spreads = (
+        [(a + b) // 2 for a, b in zip(*map(moment, pieces), strict=True)] for moment in (means, spreads)
+    )
     if rng.coin():
         views.reverse()
-    pieces = [view[half:, half:] for view in views]
-    frame = views[0].copy()
+        pieces.reverse()
+    lit = []
+    for piece in pieces:
+        piece_means = [mean + rng.integer(-PIECE_LIGHT, PIECE_LIGHT) for mean in target_means]
+        piece_spreads = [
+            spread * (256 + 2 * rng.integer(-PIECE_LIGHT, PIECE_LIGHT)) // 256 for spread in target_spreads
+        ]
+        lit.append(add_noise(rng, set_light(piece, piece_means, piece_spreads), PIECE_NOISE))
+    pieces = lit
+    gains = [256 + 2 * rng.integer(-PIECE_LIGHT, PIECE_LIGHT) for _ in range(3)]
+    frame = relight(views[0], gains, [rng.integer(-PIECE_LIGHT, PIECE_LIGHT) for _ in range(3)])
+    frame = add_noise(rng, frame, PIECE_NOISE)
     frame[half:, half:] = BLACK
     pieces.insert(answer, pieces.pop(0))
     return Puzzle(
@@ -103,14 +118,23 @@ def jigsaw(rng: Random, photos: Photos, size: int, difficulty: float, answer: in
 # ------------------------------------------------------------------------------
 
 SIMILARITY_SHIFT = (0.1, 0.75)  # between two views of one photograph, in sides of a view
+SIMILARITY_BLUR = (0.7, 0.5)  # least resolution of a view, against the picture's
+SIMILARITY_PLACES = 20  # are drawn, of which the two with the most similar texture are taken
+
+
+def _roughness(pixels: np.ndarray) -> list[float]:
+    """Mean change from a pixel to the one below and to its right over the spread: no change of light alters it."""
+    grey = pixels.sum(-1, dtype=np.int64)
+    return [int(abs(np.diff(grey, axis=axis)).sum()) / grey.size / max(sum(spreads(pixels)), 1) for axis in (0, 1)]
 
 
 def visual_similarity(rng: Random, photos: Photos, size: int, difficulty: float, answer: int, case: int) -> Puzzle:
     """
     Which of two images shows the same place as the first, seen otherwise.
 
-    Of each of two photographs two views are made; the coin decides from which photograph the first image comes. All
-    three images are brought to the same light, and then each to its own, so no mean tells which are alike.
+    Of each of two photographs two views are made, at places where texture is about as fine; the coin decides from which
+    photograph the first image comes. All three images are brought to the same light, and then each to its own, and to a
+    sharpness of its own, so neither means nor fineness of texture tell much of which are alike.
     """
     shift = between(*SIMILARITY_SHIFT, difficulty)
     zoom = between(1.0, 0.75, difficulty)
@@ -127,10 +151,25 @@ def visual_similarity(rng: Random, photos: Photos, size: int, difficulty: float,
         boxes = [Box(left, top, side), Box(left + dx + middle, top + dy + middle, small)]
         return (_lack(*(photo.texture(box) for box in boxes)), 0), rng.shuffled(boxes)
 
-    first, boxes = photos.search(rng, draw)
-    second, other_boxes = photos.search(rng, draw, exclude=first)
+    places = []
+    for i in range(SIMILARITY_PLACES):  # the last one of another photograph, should all be of the same
+        alone = i == SIMILARITY_PLACES - 1 and len({photo.name for photo, _, _ in places}) == 1
+        photo, boxes = photos.search(rng, draw, exclude=places[0][0] if alone else None)
+        places.append((photo, boxes, _roughness(crop(photo, boxes[0], size // 2))))
+    best = None
+    for j, (other, _, found) in enumerate(places):
+        for i, (photo, _, roughness) in enumerate(places[:j]):
+            off = max(abs(a - b) / (a + b + 1e-9) for a, b in zip(roughness, found, strict=True))
+            if photo is not other and (best is None or off < best[0]):
+                best = off, places[i][:2], places[j][:2]
+    (first, boxes), (second, other_boxes) = best[1:]
+    pairs = []
+    for photo, views in ((first, boxes), (second, other_boxes)):
+        pairs.append([])
+        for box in views:
+            small = round(size * rng.uniform(between(*SIMILARITY_BLUR, difficulty), 1))
+            pairs[-1].append(enlarge(crop(photo, box, small), size))
     names = [first.name, second.name]
-    pairs = [[crop(photo, box, size) for box in pair] for photo, pair in ((first, boxes), (second, other_boxes))]
     # One light for all three, and then each its own: so neither means nor spreads tell which two are alike.
     target_means = [min(max((a + b) // 2, 90), 165) for a, b in zip(means(pairs[0][0]), means(pairs[1][0]))]
     target_spreads = [min(max((a + b) // 2, 28), 56) for a, b in zip(spreads(pairs[0][0]), spreads(pairs[1][0]))]
@@ -160,7 +199,7 @@ def visual_similarity(rng: Random, photos: Photos, size: int, difficulty: float,
 # Two cameras
 # ------------------------------------------------------------------------------
 
-CAMERA_MOTION = (0.36, 0.08)  # how far the picture's middle moves between the two shots, in widths of the picture
+CAMERA_MOTION = (0.26, 0.08)  # how far the picture's middle moves between the two shots, in widths of the picture
 FOCAL_LENGTH = 1.2  # in widths of the picture
 
 
@@ -193,18 +232,20 @@ def multi_view_reasoning(rng: Random, photos: Photos, size: int, difficulty: flo
     """
     Whether the camera moved left or right between two shots: `case` 0 is left, 1 is right.
 
-    The photograph hangs on a wall, and the camera moves along it and turns a little. The order of the two shots is
-    the answer, and a coin mirrors the photograph, which swaps left and right in it.
+    The photograph hangs on a wall, and the camera moves along it and turns a little, either way. The order of the two
+    shots is the answer, and a coin mirrors the photograph, which swaps left and right in it. What a shot shows of the
+    photograph is small, as is the motion, against the room for both: so one shot alone, wherever in the photograph it
+    was taken, is nearly as often the left one as the right one. The least that can be had is half of motion over room
+    above one half, which a uniform place reaches: the left shot lies on the left by the meaning of the word.
     """
     motion = between(*CAMERA_MOTION, difficulty)
 
     def draw(photo):
-        side = photo.shorter * rng.uniform(0.58, 0.64)
-        turn = motion * rng.uniform(0.05, 0.12)
+        side = photo.shorter * rng.uniform(0.28, 0.34)
         rise = [motion * side * rng.uniform(-0.1, 0.1) for _ in range(2)]
         cameras = []
         for sign, height in zip((-1, 1), rise, strict=True):
-            cameras.append((sign * motion * side / 2, height, sign * turn))
+            cameras.append((sign * motion * side / 2, height, motion * rng.uniform(-0.12, 0.12)))
         corners = [
             project(_camera(size, side, (x, y), half_tangent), across, down)
             for x, y, half_tangent in cameras
