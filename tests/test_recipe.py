@@ -646,6 +646,16 @@ def test_a_config_holds_only_known_keys_with_values_of_their_type(config, monkey
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_may_be_given_other_data(config, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for form in ("trl", "prepared", "mixture"):
+        script, *_ = parse(config, "--dataset_format", form, "--dataset_name", "mine")
+        assert (script.dataset_format, script.dataset_name) == (form, "mine")
+        left = [key for key in sft_amvl.OF_THE_MIXTURE if getattr(script, key) is not None]
+        assert not left  # the rows would be looked for in subsets of the config's own data
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_that_is_misspelt_would_be_noticed(config, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     (tmp_path / "misspelt.yaml").write_text(Path(config).read_text() + "\nnum_latent_slots: 4\n")
@@ -665,7 +675,9 @@ def test_the_values_are_those_of_the_paper_and_of_one_gpu(monkeypatch):
         assert training.freeze_vision and training.bf16 and training.gradient_checkpointing
         assert (model_config.model_name_or_path, model_config.dtype) == (model, "bfloat16")
         assert model_config.use_peft == (name == "smolvlm_2b_single_gpu")
-        assert (script.dataset_name, script.dataset_format) == ("NOVAglow646/Monet-SFT-125K", "monet")
+    assert script.dataset_format == "mixture"
+    sources = Mixture.from_yaml(script.dataset_name).sources
+    assert {source["name"] for source in sources} == {"NOVAglow646/Monet-SFT-125K"}
 
 
 def test_every_yaml_file_is_a_config_or_a_mixture():

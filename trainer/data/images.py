@@ -24,9 +24,8 @@ FORMATS = [
 ]
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 SIXTEEN_BIT_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-NEAR_DUPLICATE_BITS = (
-    28  # of 256. Copies of scikit-image's photographs differ by up to 18, different ones by 76 or more
-)
+# Of 256. Copies of scikit-image's photographs differ by up to 18, different ones by 76 or more.
+NEAR_DUPLICATE_BITS = 28
 FLAT_SIDE, FLAT_CONTRAST = 64, 4.0  # pixels; grey levels, standard deviation over so small a picture
 ORIENTATION = 0x0112  # EXIF
 

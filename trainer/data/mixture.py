@@ -22,22 +22,19 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
 # What a source may say; the rest of a reader's settings is the mixture's.
-OF_A_SOURCE = (
-    *(
-        "format",
-        "name",
-        "config",
-        "split",
-        "revision",
-        "image_root",
-        "max_rows",
-        "weight",
-        "filters",
-        "source",
-        "licence",
-    ),
-    *("answer", "bad_rows"),
-)
+OF_A_SOURCE = [
+    "format",
+    "name",
+    "config",
+    "split",
+    "revision",
+    "image_root",
+    "max_rows",
+    "weight",
+    "filters",
+    "source",
+]
+OF_A_SOURCE += ["licence", "answer", "bad_rows"]
 
 
 @dataclass
@@ -77,13 +74,13 @@ class Mixture:
             raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
         for name in ("sources", "evaluation"):
             for number, source in enumerate(_list_of(getattr(self, name), name)):
-                if not isinstance(source, dict) or source.get("format") not in READERS:
+                if not isinstance(source, dict) or source.get("format") not in list(READERS):
                     raise ValueError(
                         f"`{name}` number {number + 1} is {source!r:.200}: it must have a `format`, one of {list(READERS)}."
                     )
                 if unknown := sorted(map(str, set(source) - set(OF_A_SOURCE))):
                     raise ValueError(
-                        f"`{name}` number {number + 1} has {unknown}, which no source has: choose among {list(OF_A_SOURCE)}."
+                        f"`{name}` number {number + 1} has {unknown}, which no source has: choose among {OF_A_SOURCE}."
                     )
         if self.processor is not None and not isinstance(self.processor, str):
             raise ValueError(f"`processor` must be a Hub id or a folder, got {self.processor!r}.")

@@ -28,22 +28,19 @@ METADATA = ("dataset_infos", "dataset_info", "dataset_dict", "state", "report", 
 BAD_ROWS = ("drop", "repair", "raise")
 RECORDS_PER_SHARD = 500  # of a JSON file
 # Settings under which other counts come out.
-COUNTED_UNDER = (
-    *(
-        "format",
-        "name",
-        "split",
-        "configs",
-        "answer",
-        "bad_rows",
-        "max_rows",
-        "image_root",
-        "revision",
-        "weight",
-        "filters",
-    ),
-    *("source", "seed"),
-)
+COUNTED_UNDER = [
+    "format",
+    "name",
+    "split",
+    "configs",
+    "answer",
+    "bad_rows",
+    "max_rows",
+    "image_root",
+    "revision",
+    "weight",
+]
+COUNTED_UNDER += ["filters", "source", "seed"]
 ROWS_PER_PART = 500  # a shard's counts are written at least this often
 
 
@@ -87,7 +84,7 @@ class Reader:
             times.
         filters (`list`, *optional*): see [`load_filter`]; rows for which one is false are dropped.
         source (`str`, *optional*): what the column `source` says, instead of the subset or the format.
-        licence (`str`, *optional*): of the source; by default what its card says.
+        licence (`str` or `list[str]`, *optional*): of the source; by default what its card says.
         processor (`ProcessorMixin`, *optional*): rows that it cannot take are dropped, and tokens are counted with it.
         seed (`int`, defaults to 0): of `weight`.
         report_dir (`str`, *optional*): where the counts of each shard are written; a temporary folder by default.

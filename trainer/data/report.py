@@ -91,7 +91,8 @@ class SourceReport:
         for size in sizes:
             least, most = self.extent or (size, size)
             self.extent = [min(least, size, key=_area), max(most, size, key=_area)]
-        self.sizes.add(rank, sizes)
+        if self.sizes.wants(rank):
+            self.sizes.add(rank, sizes)
         if self.shown.wants(rank):
             question = "\n".join(texts_of(row["prompt"], "user"))
             shown = {"row_id": row["row_id"], "question": question, "answer": answer, "sizes": sizes}

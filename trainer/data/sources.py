@@ -34,7 +34,7 @@ def open_source(format, name=None, **settings):
     Raises:
         ValueError: no such format; no name where there is no default; a setting that cannot be used.
     """
-    if format not in READERS:
+    if format not in list(READERS):
         raise ValueError(f"`format` must be one of {list(READERS)}, got {format!r}.")
     reader = READERS[format]
     name = name or reader.hub_id
