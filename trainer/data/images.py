@@ -126,7 +126,7 @@ def _check_image(stored, repair):
             if not problem:
                 # JPEG: all of the file is read, an eighth of it computed; of a small picture more, for its hash.
                 opened.draft("RGB", [max(side // 8, SMALL_SIDE) for side in size])
-            picture = _mended(opened) if problem else opened.convert("RGB")
+            picture = mended(opened) if problem else opened.convert("RGB")
         except BadRow:
             raise
         except Exception as error:
@@ -162,13 +162,13 @@ def _repairable(image):
     return ""
 
 
-def _mended(image):
+def mended(image):
+    """An open image upright, in RGB, of 8 bits: those of 16 by their highest eight, others from least to greatest value."""
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it has values that are no numbers")
-        # 16 bits to their highest 8; anything else from its least to its greatest value.
         is_16_bit = image.mode.startswith("I") and 255 < values.max() <= 65535
         low, high = (0.0, 65535.0) if is_16_bit else (values.min(), values.max())
         scale = 255.0 / (high - low) if high > low else 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .images import FORMATS, NEAR_DUPLICATE_BITS, _mended, perceptual_hash
+from .images import FORMATS, NEAR_DUPLICATE_BITS, mended, perceptual_hash
 
 
 # The real photographs in the wheel of scikit-image: no download. Left out: drawings (logo, horse, colour wheel,
@@ -50,7 +50,7 @@ ROWS_AT_ONCE = 1024  # of the table of distances between all pairs of photograph
 
 def _read_photo(path, min_side: int | None) -> Image.Image:
     with path.open("rb") as file, Image.open(file) as image:
-        photo = _mended(image)  # upright, and RGB of 8 bits
+        photo = mended(image)  # upright, and RGB of 8 bits
     shorter = min(photo.size)
     if min_side is not None:
         return photo.reduce(shorter // min_side) if shorter >= 2 * min_side else photo

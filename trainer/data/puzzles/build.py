@@ -19,7 +19,7 @@ SPLITS = {"train": "train", "val": "held_out"}  # as BLINK calls them, and as `s
 IMAGE_SIZES = (96, 1024)  # pixels: in less the letters fill the picture; files are not compressed
 MAX_IMAGES = 4
 LETTERS = "ABCD"
-TURNS = 16  # how often each letter comes in a block of rows
+TURNS = 4  # how often each letter comes in a block of rows: balanced in few rows, and still not told by those before
 
 
 class Kind(NamedTuple):
@@ -218,7 +218,7 @@ def build_puzzles(
     - `IQ_Test`: which drawing continues a sequence of 1 to 3 rules. No photograph is needed.
     - `Multi-hop_Reasoning`: which letter 3 to 8 arrows lead to.
 
-    Letters take turns, each 16 times in a block of rows that the seed permutes, and so do yes and no, left and right,
+    Letters take turns, each four times in a block of rows that the seed permutes, and so do yes and no, left and right,
     and the place of the right number among the four. Which candidate is right is decided by a coin after all candidates are drawn, so that
     question, options and means of the pictures say nothing; [`text_only_accuracy`] and [`pixel_mean_accuracy`] measure
     it. Row `i` depends on seed, split, kind and `i`, and a longer dataset starts with the rows of a shorter one.
