@@ -37,7 +37,7 @@ from trainer.data.photos import SCIKIT_IMAGE_PHOTOS
 from trainer.data.prepare import prepare
 from trainer.data.sources import READERS, read_rows
 from trainer.demo import DemoArguments, build_tiny_backbone
-from trainer.measuring import facts_line, machine_facts, markdown_page, render, spread
+from trainer.measuring import facts_line, machine_facts, markdown_page, ratios, render, spread
 from trainer.objective import amvl_loss
 
 
@@ -164,12 +164,12 @@ WRITERS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rows_per_second(dataset, num_workers, collate):
+def rows_per_second(dataset, num_workers, collate, batch_size=32, num_rows_of=len):
     """From the first batch that arrives to the last, so that the start of the workers does not count."""
     counts, start = [], None
-    for batch in DataLoader(dataset, batch_size=32, num_workers=num_workers, collate_fn=collate):
+    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate):
         start = time.perf_counter() if start is None else start
-        counts.append(len(batch))
+        counts.append(num_rows_of(batch))
     return sum(counts[1:]) / (time.perf_counter() - start)
 
 
@@ -264,12 +264,10 @@ def measure_collator(arguments):
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
-    shares = {
-        name: [mine / base for mine, base in zip(times[name], times["step"])] for name in ("collator", "decoding")
-    }
     speeds = [
         statistics.median(
-            rows_per_second_of_batches(rows, num_workers, collator, size) for _ in range(arguments.rounds)
+            rows_per_second(rows, num_workers, collator, size, lambda batch: len(batch["input_ids"]))
+            for _ in range(arguments.rounds)
         )
         for num_workers in WORKERS
     ]
@@ -280,7 +278,7 @@ def measure_collator(arguments):
     speed = ["decoding and collator", *(f"{value:.0f}" for value in speeds)]
     table = [
         ["step, ms", f"{1000 * statistics.median(times['step']):.1f}"],
-        *([f"{name} / step", spread(_spread_of(values))] for name, values in shares.items()),
+        *([f"{name} / step", spread(ratios(times, name, "step"))] for name in ("collator", "decoding")),
         *(
             [f"waiting for batches / loop, {number} workers", f"{share:.3f}"]
             for number, share in zip((0, *WORKERS), waits)
@@ -290,18 +288,6 @@ def measure_collator(arguments):
         ("Rows per second of the collator, embedded default", ["", "1 worker", "2 workers"], [speed]),
         ("The collator in the embedded default, batches of 64, one thread", ["", "median (min-max)"], table),
     ]
-
-
-def _spread_of(values):
-    return statistics.median(values), min(values), max(values)
-
-
-def rows_per_second_of_batches(rows, num_workers, collator, size):
-    loader, counts, start = DataLoader(rows, batch_size=size, num_workers=num_workers, collate_fn=collator), [], None
-    for batch in loader:
-        start = time.perf_counter() if start is None else start
-        counts.append(len(batch["input_ids"]))
-    return sum(counts[1:]) / (time.perf_counter() - start)
 
 
 def waiting_share(rows, num_workers, collator, step, size):

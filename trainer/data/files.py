@@ -20,6 +20,26 @@ def is_hub_id(name):
     return HUB_ID.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
+def refuse_outside(source, folder, paths):
+    """
+    Refuses data files that lead out of a source's folder, as links or by their names.
+
+    Args:
+        source (`str`): how an error calls the source.
+        folder (`Path`): its folder.
+        paths (`dict[Path, str]`): how an error calls each file.
+
+    Raises:
+        ValueError: one does.
+    """
+    allowed = allowed_folders(folder)
+    for path, shown in paths.items():
+        if not any(path.resolve().is_relative_to(parent) for parent in allowed):
+            raise ValueError(
+                f"`{source}` has {shown!r}, which leads out of it: name the folder that the files are in."
+            )
+
+
 class SourceFiles:
     """
     The files of a source.
@@ -63,10 +83,8 @@ class SourceFiles:
             raise ValueError(f"`{name}` is neither an existing folder or file nor the id of a dataset on the Hub.")
         if image_root is not None and not Path(str(image_root)).is_dir():
             raise ValueError(f"`image_root` must be an existing folder, got {str(image_root)!r}.")
-        if image_root is not None:
-            image_root = Path(str(image_root)).absolute()
-        images = image_root if image_root is not None else self.folder
-        self.image_folders = [] if images is None else allowed_folders(images)
+        images = self.folder if image_root is None else str(image_root)
+        self.image_folders = [] if images is None else allowed_folders(images)  # absolute
 
     def glob(self, pattern):
         """The files that a pattern names, relative to the folder, sorted."""
@@ -85,12 +103,8 @@ class SourceFiles:
         """
         if self.repository:
             return Path(hf_hub_download(self.repository, relative, repo_type="dataset", revision=self.revision))
-        path = self.folder / relative
-        if not any(path.resolve().is_relative_to(folder) for folder in allowed_folders(self.folder)):
-            raise ValueError(
-                f"`{self.name}` has {str(relative)!r}, which leads out of it: name the folder that the files are in."
-            )
-        return path
+        refuse_outside(self.name, self.folder, {self.folder / relative: relative})
+        return self.folder / relative
 
     def image(self, name):
         """

@@ -217,6 +217,11 @@ def perceptual_hash(image):
     return int.from_bytes(np.packbits(imagehash.phash(image, hash_size=16).hash).tobytes(), "big")
 
 
+def pixel_hash(image):
+    """A 256-bit hash (`int`) of an image's size and pixels."""
+    return int.from_bytes(hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest(), "big")
+
+
 def is_near_duplicate(hash_a, hash_b):
     """Whether two [`perceptual_hash`]es are of the same picture: they differ in 28 bits at most."""
     return (hash_a ^ hash_b).bit_count() <= NEAR_DUPLICATE_BITS
@@ -229,8 +234,7 @@ def fingerprints(image):
     Returns:
         `list[int]`: one of its pixels, and a [`perceptual_hash`] unless the image shows too little for one.
     """
-    exact = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-    return [int.from_bytes(exact, "big"), *([] if is_flat(image) else [perceptual_hash(image)])]
+    return [pixel_hash(image), *([] if is_flat(image) else [perceptual_hash(image)])]
 
 
 class KnownImages:

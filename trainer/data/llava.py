@@ -59,7 +59,9 @@ class LlavaReader(Reader):
         own = sum(map(bool, num_shown)) > 1 and sum(num_shown) == len(images)
         drafts, start = [], 0
         for (question, answer), number in zip(pairs, num_shown):
-            shown = images[start : start + number] if own and number else images[: start or None] if own else images
+            shown = images
+            if own:  # a question that shows none is about those before it
+                shown = images[start : start + number] if number else images[: start or None]
             start += number
             try:
                 drafts.append(Draft(shown, [message("user", *with_images(question, "<image>", len(shown)))], answer))

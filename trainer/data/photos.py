@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .images import FORMATS, NEAR_DUPLICATE_BITS, mended, perceptual_hash
+from .images import FLAT_CONTRAST, FORMATS, NEAR_DUPLICATE_BITS, mended, perceptual_hash, pixel_hash
 
 
 # The real photographs in the wheel of scikit-image: no download. Left out: drawings (logo, horse, colour wheel,
@@ -42,7 +42,6 @@ THUMBNAIL_SIDE = 8  # pixels
 HASHED_SIDE = 128  # pixels: of the square from which crops and turns are hashed
 CROPS = tuple(part / 50 for part in range(39, 50))  # of each side, about the middle
 TURNS = tuple(Image.Transpose)  # the seven ways to mirror and turn a picture
-FLAT_CONTRAST = 4.0  # grey levels, standard deviation over a thumbnail: below, a perceptual hash is made of noise
 SAME_COLOR = 3.0  # grey levels, difference of flat photographs' mean colours. JPEG at quality 10 makes 1.5 at most
 HASH_BITS = 256
 ROWS_AT_ONCE = 1024  # of the table of distances between all pairs of photographs
@@ -110,7 +109,7 @@ def load_photos(image_dir: str | Path | None = None, min_side: int | None = None
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             unreadable.append(f"{name} ({error})")
             continue
-        digest = hashlib.sha256(f"{photo.size}".encode() + photo.tobytes()).digest()
+        digest = pixel_hash(photo)
         if digest not in seen:
             seen.add(digest)
             photos[name] = photo

@@ -39,8 +39,10 @@ COUNTED_UNDER = [
     "image_root",
     "revision",
     "weight",
+    "filters",
+    "source",
+    "seed",
 ]
-COUNTED_UNDER += ["filters", "source", "seed"]
 ROWS_PER_PART = 500  # a shard's counts are written at least this often
 
 
@@ -155,6 +157,7 @@ class Reader:
         self.processor, self.evaluation_hashes = processor, list(evaluation_hashes)
         self.path, self._pieces = Path(self.name).absolute(), None
         self.files = self.open_files()
+        self.json_sources = self.json_files()
         self.tables = SourceTables(self.name, self.path, self.files.folder, split, revision, streaming)
         self.licence = _licence_name(licence) or self._licence_of_card() or self.default_licence
         self.report_dir = str(report_dir or scratch_folder())
@@ -181,8 +184,7 @@ class Reader:
             self._refuse_split([self.path.name])
             return {"": [self.path.name]}
         found = self._json_names()
-        has_table = any(self.files.glob(pattern) for pattern in ("**/*.parquet", "**/*.arrow"))
-        if not found or has_table and not self.json_first:
+        if not found or not self.json_first and any(map(self.files.glob, ("**/*.parquet", "**/*.arrow"))):
             return {}
         if self.configs:
             if unknown := sorted(set(self.configs) - set(found)):
@@ -236,8 +238,8 @@ class Reader:
 
     def shards(self):
         """The parts of the source, in order; the records of a JSON file are laid out in pieces, one for each."""
-        shards, json_files = [], self.json_files()
-        for source, files in json_files.items():
+        shards = []
+        for source, files in self.json_sources.items():
             left = self.max_rows
             for file in files:
                 records = read_records(self.files.path(file))[:left]
@@ -248,7 +250,7 @@ class Reader:
                     with open(self._piece(shard), "wb") as piece:
                         pickle.dump(records[start : shard.stop], piece)
                     shards.append(shard)
-        if json_files:
+        if self.json_sources:
             return shards
         for config in self.tables.wanted(self.configs):
             table = self.tables.split(config)
@@ -262,13 +264,13 @@ class Reader:
 
     def splits(self):
         """The splits that there are: of a table, or JSON files of their names."""
-        if self.json_files():
+        if self.json_sources:
             return [] if self.path.is_file() or self.configs else [Path(name).stem for name in self._json_names()]
         return list(self.tables.splits(self.all_shards[0].source or None))
 
     def versions(self):
         """Name, size and time of change of the local files with the records: whether they are what they were."""
-        names = [name for files in self.json_files().values() for name in files]
+        names = [name for files in self.json_sources.values() for name in files]
         paths = [self.files.path(name) for name in names]
         if not names and self.path.is_file():
             paths = [self.path]

@@ -201,16 +201,21 @@ class DataReport:
     def __init__(self, folder, licences=None, parts=None, settings=None):
         self.folder, self.parts = Path(folder), parts
         self.licences, self.settings = dict(licences or {}), dict(settings or {})
+        self._merged, self._versions = {}, None
 
     @property
     def sources(self):
-        merged = {}
-        for path in sorted(self.folder.glob("*.part.json")):
-            if self.parts is not None and path.name.removesuffix(".part.json") not in self.parts:
-                continue  # left by a reading under other settings
-            for name, values in json.loads(path.read_text(encoding="utf-8")).items():
-                merged.setdefault(name, SourceReport()).add(SourceReport.from_dict(values))
-        return merged
+        paths = sorted(self.folder.glob("*.part.json"))
+        if self.parts is not None:  # others were left by a reading under other settings
+            paths = [path for path in paths if path.name.removesuffix(".part.json") in self.parts]
+        versions = [(path, stat.st_ino, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+        if versions != self._versions:
+            merged = {}
+            for path in paths:
+                for name, values in json.loads(path.read_text(encoding="utf-8")).items():
+                    merged.setdefault(name, SourceReport()).add(SourceReport.from_dict(values))
+            self._merged, self._versions = merged, versions
+        return self._merged
 
     @property
     def kept(self):

@@ -7,7 +7,7 @@ from datasets import Dataset, get_dataset_config_names, load_dataset, load_from_
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
-from .images import allowed_folders
+from .files import refuse_outside
 
 
 SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
@@ -108,12 +108,7 @@ class SourceTables:
                 paths += [state.parent / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
             except (OSError, ValueError, KeyError, TypeError):  # another program's; `datasets` says so if it is none
                 continue
-        allowed = allowed_folders(self.folder)
-        for path in paths:
-            if not any(path.resolve().is_relative_to(folder) for folder in allowed):
-                raise ValueError(
-                    f"`{self.name}` has {path.name!r}, which leads out of it: name the folder that the files are in."
-                )
+        refuse_outside(self.name, self.folder, {path: path.name for path in paths})
 
     def _refuse_files_outside(self):
         """A card may name data files anywhere on this machine, and `datasets` would read them."""

@@ -219,9 +219,9 @@ def build_puzzles(
     - `Multi-hop_Reasoning`: which letter 3 to 8 arrows lead to.
 
     Letters take turns, each four times in a block of rows that the seed permutes, and so do yes and no, left and right,
-    and the place of the right number among the four. Which candidate is right is decided by a coin after all candidates are drawn, so that
-    question, options and means of the pictures say nothing; [`text_only_accuracy`] and [`pixel_mean_accuracy`] measure
-    it. Row `i` depends on seed, split, kind and `i`, and a longer dataset starts with the rows of a shorter one.
+    and the place of the right number among the four. Which candidate is right is decided by a coin after all candidates
+    are drawn, so that question, options and means of the pictures say nothing; [`text_only_accuracy`] and
+    [`pixel_mean_accuracy`] measure it. Row `i` depends on seed, split, kind and `i`, and a longer dataset starts with the rows of a shorter one.
 
     The same arguments give the same bytes on every machine, from photographs that decode to the same pixels: PNG files
     do, as those of scikit-image that are used by default; JPEG files do with the same version of libjpeg-turbo.
