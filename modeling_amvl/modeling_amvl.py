@@ -242,6 +242,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"`{name}` has no fitting weights for {missing}: its latents would be random. Save the "
                 "whole model with `save_pretrained`, or wrap a stock model with `from_backbone`."
             )
+        # With the latents off it is the backbone that generates; the file of settings is read for the whole alone.
+        model.backbone.generation_config = model.generation_config
         return (model, info) if wants_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
