@@ -24,7 +24,8 @@ from trainer.data.photo_questions import (
     constant_answer_accuracy,
 )
 from trainer.data.photos import SCIKIT_IMAGE_PHOTOS, load_photos, split_photos
-from trainer.demo import build_tiny_backbone, train_sft
+from trainer.demo import build_tiny_backbone
+from trainer.tiny_llava import train_sft
 
 
 ROWS = 60 * len(KINDS)  # a multiple of every number of choices

@@ -1,0 +1,231 @@
+"""Pictures in which colours point to each other, on real photographs: questions of one look, and of several.
+
+Eight shapes of eight colours lie in the cells of a 3 x 3 grid. Each has a core of another shape's colour, and so points to
+it; the eight form one ring. `Where is red?` takes one look, `1 step from red?` one (the colour of red's core), and `3 steps from red?`
+three that build on one another. Questions are as terse as that to keep sequences short.
+"""
+
+import io
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from .photo_questions import COLORS, DIRECTIONS, FEATURES, GRID, PLACES, PREPOSITIONS, SHAPES
+from .photos import load_photos, split_photos
+
+
+ALL_COLORS = {**COLORS, "orange": (255, 130, 0), "white": (250, 250, 250)}  # sRGB, 8 bits
+IMAGE_SIZE = 72  # pixels: 24 for each cell of the grid
+SPLITS = ("train", "held_out")
+CAPTIONS = ("list_colors", "list_insides", "list_shapes", "walk")  # many looks, one for each word of the answer
+ONE_LOOK = ("color", "shape", "counting", "location", "neighbor_color", "1_step")
+MULTI_HOP = ("2_steps", "3_steps", "4_steps")
+KINDS = (*CAPTIONS, *ONE_LOOK, *MULTI_HOP)
+NUM_TURNS = len(ALL_COLORS)  # after as many rows of a kind each of its start colours has had its turn
+
+
+class Shape(NamedTuple):
+    """What lies in a cell."""
+
+    cell: tuple[int, int]  # row and column
+    outline: str
+    color: str
+    core: str  # colour that it points to
+
+
+def _ring(rng):
+    """Eight shapes of all colours in random cells, each pointing to the next."""
+    cells = [divmod(int(i), GRID) for i in rng.permutation(GRID * GRID)]
+    colors = [list(ALL_COLORS)[i] for i in rng.permutation(len(ALL_COLORS))]
+    return [
+        Shape(cell, str(rng.choice(SHAPES)), color, core)
+        for cell, color, core in zip(cells, colors, [*colors[1:], colors[0]])
+    ]
+
+
+def _heap(rng, color, count):
+    """`count` shapes of a colour, and one to four of others."""
+    others = [other for other in ALL_COLORS if other != color]
+    colors = [color] * count + rng.choice(others, int(rng.integers(1, 5))).tolist()
+    cells = [divmod(int(i), GRID) for i in rng.permutation(GRID * GRID)]
+    shapes = []
+    for cell, own in zip(cells, colors):
+        core = str(rng.choice([other for other in ALL_COLORS if other != own]))
+        shapes.append(Shape(cell, str(rng.choice(SHAPES)), own, core))
+    return shapes
+
+
+def _place(cell):
+    return next(name for name, found in PLACES.items() if found == cell)
+
+
+def _question(kind, shapes, start, rng):
+    """Question and answer of a kind about a ring; `start` is the shape that it asks about."""
+    by_cell = {shape.cell: shape for shape in shapes}
+    by_color = {shape.color: shape for shape in shapes}
+    if kind in CAPTIONS[:3]:
+        part = {"list_colors": "color", "list_insides": "core", "list_shapes": "outline"}[kind]
+        found = (by_cell.get(cell) for cell in PLACES.values())
+        return f"List {kind[5:]}?", " ".join("none" if shape is None else getattr(shape, part) for shape in found)
+    if kind == "walk":
+        colors = [start.core]
+        while by_color[colors[-1]].core != start.color:
+            colors.append(by_color[colors[-1]].core)
+        return f"Walk from {start.color}?", " ".join(colors)
+    if kind == "color":
+        return f"Color at {_place(start.cell)}?", start.color
+    if kind == "shape":
+        return f"Shape at {_place(start.cell)}?", start.outline
+    if kind == "location":
+        return f"Where is {start.color}?", _place(start.cell)
+    if kind == "neighbor_color":
+        # The shape asked for is `start`, so that answers take turns; its neighbour is what the question names.
+        sides = {
+            side: by_cell.get((start.cell[0] - step[0], start.cell[1] - step[1])) for side, step in DIRECTIONS.items()
+        }
+        side = str(rng.choice([side for side, shape in sides.items() if shape is not None]))
+        return f"Color {PREPOSITIONS[side]} {sides[side].color}?", start.color
+    num_steps, color = int(kind[0]), start.color
+    for _ in range(num_steps):
+        color = by_color[color].core
+    return f"{num_steps} step{'s' * (num_steps > 1)} from {start.color}?", color
+
+
+def choices_of(kind):
+    """The answers that a kind can have; of captions none, since they are many."""
+    if kind in CAPTIONS:
+        return []
+    return {"shape": list(SHAPES), "counting": ["0", "1", "2", "3", "4"], "location": list(PLACES)}.get(
+        kind, list(ALL_COLORS)
+    )
+
+
+def draw_shapes(rng, canvas, shapes):
+    """Draws shapes with their cores onto a picture, black-edged and without smoothing, each somewhere in its cell."""
+    draw, cell = ImageDraw.Draw(canvas), canvas.width // GRID
+    for shape in shapes:
+        size = int(rng.integers(round(0.8 * cell), round(0.95 * cell) + 1))
+        x = shape.cell[1] * cell + int(rng.integers(0, cell - size + 1))
+        y = shape.cell[0] * cell + int(rng.integers(0, cell - size + 1))
+        right, bottom = x + size - 1, y + size - 1
+        style = {"fill": ALL_COLORS[shape.color], "outline": (0, 0, 0)}
+        center = (y + bottom) / 2
+        if shape.outline == "circle":
+            draw.ellipse((x, y, right, bottom), **style)
+        elif shape.outline == "square":
+            draw.rectangle((x, y, right, bottom), **style)
+        elif shape.outline == "triangle":
+            draw.polygon([((x + right) // 2, y), (right, bottom), (x, bottom)], **style)
+            center = y + 0.66 * size  # where a triangle is wide enough
+        else:
+            third = size // 3
+            xs, ys = (x, x + third, right - third, right), (y, y + third, bottom - third, bottom)
+            corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+            draw.polygon([(xs[i], ys[j]) for i, j in corners], **style)
+        radius, middle = 0.19 * size, (x + right) / 2
+        box = (middle - radius, center - radius, middle + radius, center + radius)
+        draw.ellipse(box, fill=ALL_COLORS[shape.core], outline=(0, 0, 0))
+
+
+def _background(rng, photo, size):
+    """A random square of a photograph, mirrored half of the time."""
+    side = rng.uniform(0.4, 1.0) * min(photo.size)
+    left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop.copy()
+
+
+def build_color_steps(
+    num_rows,
+    split="train",
+    seed=0,
+    kinds=(*ONE_LOOK, *MULTI_HOP),
+    image_size=IMAGE_SIZE,
+    image_dir=None,
+    split_seed=5,
+) -> datasets.Dataset:
+    """
+    Builds questions about colours that point to each other.
+
+    Kinds alternate from row to row, and within a kind the colours (or counts) asked about take turns; shuffle the rows for
+    training. The kinds are
+
+    - of one look: `color` and `shape` at a place, `counting` the shapes of a colour, `location` of a colour, `neighbor_color`
+      beside another, `1_step`;
+    - of several: `2_steps`, `3_steps` and `4_steps`, each from the core of a shape to the shape of that colour;
+    - captions, for a base to learn from: `list_colors`, `list_insides`, `list_shapes` in reading order, and `walk`, the whole
+      ring step by step.
+
+    A ring has one shape of each of eight colours, so that no colour is more likely than another to be the answer; of `n` steps it is
+    never the start, nor what fewer steps reach: guessing among the rest gives 1 / (8 - n).
+
+    Args:
+        num_rows (`int`): number of rows, at least one.
+        split (`"train"` or `"held_out"`, defaults to `"train"`): which photographs lie behind the shapes; none serves both.
+        seed (`int`, defaults to 0): zero or more. The same arguments give the same bytes, and a longer dataset starts with
+            the rows of a shorter one.
+        kinds (`Sequence[str]`): in their order of turns; all but the captions by default.
+        image_size (`int`, defaults to 72): width and height in pixels, a multiple of 3, at least 48.
+        image_dir (`str` or `Path`, *optional*): folder of photographs, those inside scikit-image's wheel by default.
+        split_seed (`int`, defaults to 5): which photographs are held out.
+
+    Returns:
+        `datasets.Dataset`: the columns of [`build_photo_questions`]: `images`, `prompt`, `completion`, `kind`, `photo` and
+        `choices`, which is empty for captions.
+
+    Raises:
+        ValueError: an argument out of range, or `image_dir` is unusable, see [`load_photos`].
+    """
+    kinds = tuple(kinds)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` must name some of {list(KINDS)}, got {list(kinds)}.")
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {list(SPLITS)}, got {split!r}.")
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, got {num_rows}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be zero or more, got {seed}.")
+    if image_size < 48 or image_size % GRID:
+        raise ValueError(f"`image_size` must be a multiple of {GRID}, at least 48, got {image_size}.")
+    photos = load_photos(image_dir)
+    names = sorted(split_photos(photos, split_seed)[split])
+    if not names:
+        raise ValueError(f"`image_dir` leaves no photograph for {split!r}: add some.")
+    columns = defaultdict(list)
+    for index in range(num_rows):
+        turn, position = divmod(index, len(kinds))
+        row = _row(kinds[position], turn, photos, names, image_size, (seed, SPLITS.index(split), index))
+        for name, value in row.items():
+            columns[name].append(value)
+    return datasets.Dataset.from_dict(dict(columns), features=FEATURES)
+
+
+def _row(kind, turn, photos, names, image_size, seed) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    photo = names[rng.integers(len(names))]
+    canvas = _background(rng, photos[photo], image_size)
+    color = list(ALL_COLORS)[turn % NUM_TURNS]
+    if kind == "counting":
+        count = turn % 5
+        color = list(ALL_COLORS)[turn // 5 % NUM_TURNS]
+        shapes, question, answer = _heap(rng, color, count), f"Count {color}?", str(count)
+    else:
+        shapes = _ring(rng)
+        start = next(shape for shape in shapes if shape.color == color)
+        question, answer = _question(kind, shapes, start, rng)
+    draw_shapes(rng, canvas, shapes)
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", compress_level=1)
+    user = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    return {
+        "images": [{"bytes": buffer.getvalue(), "path": None}],
+        "prompt": [{"role": "user", "content": user}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+        "kind": kind,
+        "photo": photo,
+        "choices": choices_of(kind),
+    }
