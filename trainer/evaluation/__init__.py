@@ -1,0 +1,6 @@
+"""Asks models questions and scores the answers: rows of a dataset word for word, benchmarks by the letter of an option."""
+
+from .answering import LATENT_SOURCES, accuracy_by_kind, answer_questions, format_table
+
+
+__all__ = ["LATENT_SOURCES", "accuracy_by_kind", "answer_questions", "format_table"]
