@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from .diagnosis import marked
+
 
 TEMPLATE = Path(__file__).with_name("template.md")
 DATASET_TEMPLATE = Path(__file__).with_name("dataset_template.md")
@@ -12,7 +14,15 @@ VERSIONED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "dat
 
 
 def render_card(
-    config, model_name, settings, metrics=None, hub_model_id=None, datasets=None, licence=None, data_licences=None
+    config,
+    model_name,
+    settings,
+    metrics=None,
+    hub_model_id=None,
+    datasets=None,
+    licence=None,
+    data_licences=None,
+    diagnosis=None,
 ):
     """
     The model card of a checkpoint.
@@ -25,6 +35,7 @@ def render_card(
         hub_model_id (`str`, *optional*): where the checkpoint will be found; `model_name` otherwise.
         datasets (`list[str]`, *optional*), licence (`str`, *optional*): for the card's metadata.
         data_licences (`str`, *optional*): of the training data, a line for each source.
+        diagnosis (`dict`, *optional*): what recipes/diagnose_amvl.py wrote as `diagnosis.json`: its verdict and table.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -55,6 +66,7 @@ def render_card(
         backbone=card_data.base_model,
         evaluation=evaluation,
         settings=settings,
+        diagnosis=marked(diagnosis) if diagnosis else None,
         data_licences=[_cell(line) for line in (data_licences or "").splitlines() if line.strip()],
         versions={name: version(name) for name in VERSIONED_PACKAGES},
     )

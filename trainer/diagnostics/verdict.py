@@ -1,0 +1,134 @@
+"""One verdict from the numbers of a diagnosis, by fixed rules."""
+
+USED, BUT, UNUSED, UNDECIDED = "used", "used, but", "unused", "undecided"
+LEAK = "posterior copies the answer (leak)"
+
+# None of these is in the paper. They are chosen so that noise does not make a verdict.
+NEGLIGIBLE = 0.02  # a loss of accuracy that "unused" must exclude: two points
+MIN_ROWS_UNUSED = 150  # 3 / NEGLIGIBLE: where no row of fewer got worse, two points may still hide (rule of three)
+MIN_ROWS_USED = 30  # fewer rows that all got worse give an interval without width
+MIN_LOG_PROB = 0.01  # nats; a smaller change of log p(gold) is no use of the latents, however certain
+LEAK_MARGIN = (
+    0.10  # a wrong answer must be copied this much more often than it is said anyway, at the interval's lower end
+)
+
+
+def decide(numbers):
+    """
+    Whether the latents are used, from intervals alone.
+
+        used                     another row's Z makes accuracy fall: its whole interval lies below 0
+        used, but ...            that, and something takes from it
+        posterior copies ...     it is not shown to fall, and the decoder says the wrong answer that the posterior has read
+        unused                   a loss of two points lies outside of the interval, log p(gold) is not shown to fall, and there was
+                                 accuracy to lose, above the constant answer; or not even log p(gold) moves; or all Z are one
+        undecided                everything else: too few rows, no accuracy to lose, or log p(gold) falls and no answer gets worse
+
+    Args:
+        numbers (`dict`): `num_rows`; `baselines`, with `constant`, the accuracy of a constant answer; `changes`, by intervention
+            what [`Change`] holds, or `None`; `copying`, see [`~trainer.diagnostics.leakage.copying`]; `controls`, by name
+            `accuracy`, and `difference`, `low` and `high` of its accuracy minus that of the latents.
+
+    Returns:
+        `dict`: `word`, one of the five, and `paragraph`, in plain words with the numbers.
+    """
+    changes = numbers["changes"]
+    swap, own = changes["swapped"], changes["own"]
+    leak = numbers["copying"]["low"] > LEAK_MARGIN
+    if swap is None:
+        return _say(LEAK if leak else UNUSED, [_all_alike(numbers, own), *_leak(numbers, leak)])
+    sentences = [_swap(own, swap)]
+    if swap["high"] < 0 and swap["num_rows"] >= MIN_ROWS_USED:
+        objections = _objections(numbers, leak)
+        return _say(BUT if objections else USED, [*sentences, *objections, *_helped(changes, objections)])
+    word, reason = _not_shown(numbers, own, swap)
+    sentences.append(reason)
+    if changes["zero"]["high"] < 0:
+        sentences.append(
+            f"Something must stand in their place, though: zeros change accuracy by {_interval(changes['zero'])}."
+        )
+    return _say(LEAK if leak else word, [*sentences, *_leak(numbers, leak)])
+
+
+def _not_shown(numbers, own, swap):
+    """Unused or undecided, and why, where no fall of accuracy is shown."""
+    lost, constant = f"A loss of {100 * NEGLIGIBLE:.0f} points", numbers["baselines"]["constant"]
+    if swap["num_rows"] < MIN_ROWS_USED:
+        return UNDECIDED, f"That is too few rows: ask {MIN_ROWS_UNUSED} questions or more."
+    if swap["flip_rate"] == 0 and swap["log_prob_low"] > -MIN_LOG_PROB and swap["log_prob_high"] < MIN_LOG_PROB:
+        return UNUSED, "Nothing moves."
+    if swap["low"] <= -NEGLIGIBLE or swap["num_rows"] < MIN_ROWS_UNUSED:
+        return UNDECIDED, f"{lost} is neither shown nor excluded: ask more questions than {swap['num_rows']}."
+    if own["accuracy"] <= constant + NEGLIGIBLE:
+        return UNDECIDED, f"{lost} is excluded, but there is none to lose: a constant answer has {_percent(constant)}."
+    if swap["log_prob_high"] < -MIN_LOG_PROB:
+        return UNDECIDED, f"{lost} is excluded, but the latents move what the model finds likely."
+    return UNUSED, f"{lost} is excluded."
+
+
+def _objections(numbers, leak):
+    """What takes from the use of the latents, in sentences."""
+    changes, found = numbers["changes"], []
+    for name, what in (
+        ("shared mean", "one tensor shared by all rows serves as well as their own"),
+        ("latents off", "the same weights answer as well with the latents switched off"),
+    ):
+        if changes[name]["high"] >= 0:
+            found.append(f"But {what}, as far as can be told: a change of {_interval(changes[name])}.")
+    same = changes["swapped, same question"]
+    if same is not None and same["high"] >= 0:
+        found.append(
+            "But it is not shown that they tell images apart: with the Z of another image under the same question accuracy "
+            f"changes by {_interval(same)} on {same['num_rows']} rows."
+        )
+    for name, control in numbers["controls"].items():
+        if control["high"] >= 0:
+            how = "better than" if control["low"] > 0 else "not shown to be worse than"
+            found.append(
+                f"But the control `{name}` is {how} the latents: {_percent(control['accuracy'])}, a difference of {_interval(control)}."
+            )
+    return found + [f"But the posterior leaks. {sentence}" for sentence in _leak(numbers, leak)]
+
+
+def _leak(numbers, leak):
+    copied = numbers["copying"]
+    if not leak:
+        return []
+    return [
+        f"Fed a wrong answer, the posterior makes the decoder say it in {_percent(copied['rate'])} of the rows, against "
+        f"{_percent(copied['base_rate'])} with the prior's Z ({_interval(copied)}): accuracy under the posterior says nothing of "
+        "what the model knows."
+    ]
+
+
+def _all_alike(numbers, own):
+    return f"All {numbers['num_rows']} rows have one and the same Z, which can tell nothing of any; accuracy is {_percent(own['accuracy'])}."
+
+
+def _swap(own, swap):
+    return (
+        f"With another row's Z accuracy goes from {_percent(swap['accuracy'] - swap['difference'])} to {_percent(swap['accuracy'])}, a change of "
+        f"{_interval(swap)} on {swap['num_rows']} rows; {_percent(swap['flip_rate'])} of the answers become another, and "
+        f"log p(gold) changes by {swap['log_prob']:+.3f} nats ({swap['log_prob_low']:+.3f} to {swap['log_prob_high']:+.3f})."
+    )
+
+
+def _helped(changes, objections):
+    if objections:
+        return []
+    return [
+        f"One tensor shared by all rows changes accuracy by {_interval(changes['shared mean'])}, switching the latents off by "
+        f"{_interval(changes['latents off'])}."
+    ]
+
+
+def _say(word, sentences):
+    return {"word": word, "paragraph": " ".join(sentences)}
+
+
+def _percent(value):
+    return f"{100 * value:.1f}%"
+
+
+def _interval(found):
+    return f"{100 * found['difference']:+.1f} points ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
