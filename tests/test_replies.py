@@ -33,7 +33,7 @@ B cat | B. cat | B) cat | (B) cat | [B] cat | B: cat | B - cat | B – cat | B, 
 cat | Cat | CAT. | the cat | a cat | A cat | "cat" | cat! | It is a cat. | I think it is a cat | This shows the cat. | The answer is cat. | The answer is a cat | The correct answer is the cat.
 Option B | option b | option B. | Option (B) | Choice B | Option B is correct. | B is correct | B is the correct answer. | (B) is the best choice | I choose B | I would go with (B). | I'll pick option B.
 It's B. | I think B | I believe it is (B). | It must be B. | Based on the picture, it's (B). | B because it has whiskers. | B, since it has whiskers
-The picture shows whiskers.\nB | B\n\nThe picture shows whiskers. | It has whiskers. So the answer is B | It has whiskers. B | Therefore, (B). | Thus, B.
+The picture shows whiskers.\nB | B\n\nThe picture shows whiskers. | It has whiskers. So the answer is B | It has whiskers. B | Therefore, (B). | Thus, B. | Clearly, B. | B) cat, not A) dog
 (A) has a tail. (B) has whiskers. Therefore, the answer is (B). | A: no. B: yes.\nAnswer: B | Answer: A. Wait, that is wrong. Answer: B | The answer is A... no, the answer is B.
 \\boxed{A} is what I thought, but finally \\boxed{B} | (A) dog\n(B) cat\n\nAnswer: (B) | It could be (A), (C) or (D), but the answer is (B).
 Not A, but B | It is not (A). It is (B). | Option A is incorrect. Option B is correct. | The answer is not A, it is B.
@@ -45,7 +45,7 @@ UNREAD = [
     ("I don't know.", ANIMALS), ("I cannot tell.", ANIMALS), ("It's neither", ANIMALS), ("None of the above", ANIMALS),
     ("A or B", ANIMALS), ("A and B", ANIMALS), ("A, B", ANIMALS), ("A/B", ANIMALS), ("AB", ANIMALS), ("ABCD", ANIMALS), ("(A) or (B)", ANIMALS),
     ("Answer: A or B", ANIMALS), ("The answer is A and C", ANIMALS), ("Both A and B are correct", ANIMALS), ("A\nB", ANIMALS),
-    ("A. B. C. D.", ANIMALS), ("(A) dog\n(B) cat\n(C) 3 cats", ANIMALS), ("dog or cat", ANIMALS), ("It's A. No, it's B.", ANIMALS),
+    ("A. B. C. D.", ANIMALS), ("(A) dog\n(B) cat\n(C) 3 cats", ANIMALS), ("(A) dog (B) cat", ANIMALS), ("dog or cat", ANIMALS), ("It's A. No, it's B.", ANIMALS),
     ("E", ANIMALS), ("(E)", ANIMALS), ("Answer: E", ANIMALS), ("\\boxed{F}", ANIMALS), ("The answer is Z.", ANIMALS), ("C", ["dog", "cat"]),
     ("Answer: A. No: Answer: E", ANIMALS), ("5", ANIMALS), ("2", ANIMALS), ("Option 2", ANIMALS),
     ("A horse", ANIMALS), ("I think it is a horse", ANIMALS), ("a horse", ANIMALS), ("Definitely", ANIMALS), ("Because of the tail", ANIMALS),

@@ -51,7 +51,7 @@ CONFIRMED = re.compile(
     re.MULTILINE,
 )
 CONCLUSIONS = re.compile(
-    r"(?:\b(?:therefore|thus|hence|so|finally|in\s+conclusion|conclusion)\b[,:]?(?:\s+(?:it\s+is|it's|it\s+must\s+be|i\s+say))?"
+    r"(?:\b(?:therefore|thus|hence|so|finally|in\s+conclusion|conclusion|clearly|obviously|definitely|certainly|probably)\b[,:]?(?:\s+(?:it\s+is|it's|it\s+must\s+be|i\s+say))?"
     r"|[a-z]{2}[.!?])\s+(?:option\s+)?[(\[]?([A-Z])[)\]]?[.!]?\s*$",
     re.IGNORECASE,
 )
@@ -166,6 +166,8 @@ def _labelled(text, options):
             return None
         if LISTED.match(rest):
             return NOT_AN_OPTION
+        if _lists_another(rest, letter, options):
+            return NOT_AN_OPTION
         named = match_option(rest, options)
         own = letter and options[LETTERS.index(letter)]
         if named is not None and letter and LETTERS[named] != letter:
@@ -179,6 +181,16 @@ def _labelled(text, options):
         # `B cat`: a capital that is no article and that no word of the reply explains otherwise
         return None
     return None
+
+
+def _lists_another(rest, letter, options):
+    """Whether what follows a label has another option's label with its text, `(A) cat (B) dog`, and does not deny it."""
+    for other, option in zip(LETTERS, options):
+        if other != letter and option:
+            label = re.compile(rf"(?<!\w)[(\[]?{other}[.):\]]\s*{re.escape(option)}(?!\w)", re.IGNORECASE)
+            if any(not NEGATED.search(rest[: match.start()]) for match in label.finditer(rest)):
+                return True
+    return False
 
 
 def _stated(text, options):
