@@ -94,7 +94,6 @@ class AMVL(lmms):
         model = auto_class.from_pretrained(pretrained, dtype=dtype, attn_implementation=attn_implementation)
         self.num_latents = model.config.num_latents if source == "prior" else 0
         self.model = model.backbone if has_latents and source == "no_latents" else model
-        self.model.generation_config = model.generation_config  # the file of a checkpoint is read for the whole
         self.model.to(self.device).eval()
 
     def generate_until(self, requests):
