@@ -10,6 +10,9 @@ from trainer.data.photo_questions import DIRECTIONS, PLACES, PREPOSITIONS, answe
 from trainer.data.photos import load_photos, split_photos
 
 
+pytestmark = pytest.mark.any_release
+
+
 ROWS = 8 * len(KINDS)
 CELL = 24  # pixels
 

@@ -22,6 +22,9 @@ from trainer.data.images import (
 from trainer.data.rows import BadRow
 
 
+pytestmark = pytest.mark.any_release
+
+
 def encoded(image, format="PNG", **settings):
     buffer = io.BytesIO()
     image.save(buffer, format=format, **settings)

@@ -17,6 +17,9 @@ from trainer.objective import (
 )
 
 
+pytestmark = pytest.mark.any_release
+
+
 B, K, Z = 5, 3, 7
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -8.0, 4.0  # the bounds of AMVLConfig
 

@@ -9,6 +9,9 @@ from PIL import Image, ImageOps
 from trainer.data.photos import SCIKIT_IMAGE_PHOTOS, group_copies, load_photos, split_photos
 
 
+pytestmark = pytest.mark.any_release
+
+
 @pytest.fixture(scope="module")
 def photos():
     return load_photos()

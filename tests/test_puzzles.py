@@ -38,6 +38,9 @@ from trainer.data.puzzles.canvas import GLYPHS, PLURALS, SHAPES, Random, encode_
 from trainer.data.puzzles.drawn import STEPS, _arrow, _paths
 
 
+pytestmark = pytest.mark.any_release
+
+
 SIZE = 96
 LETTERS = "ABCD"
 PACKAGE = Path(__file__).resolve().parents[1] / "trainer" / "data" / "puzzles"

@@ -29,6 +29,9 @@ from trainer.data.sources import READERS, open_source, read_rows
 from trainer.data.visual_cot import BOX_REQUEST as ASKS_FOR_A_BOX
 
 
+pytestmark = pytest.mark.any_release
+
+
 QUESTION = "How many cups are on the 3.5 m table, Dr. Smith?"
 BOX_REQUEST = " Please provide the bounding box coordinate of the region that can help you answer the question better."
 QUESTION_COLOR, OTHER_COLOR, SECRET_COLOR = (10, 200, 30), (250, 5, 250), (13, 37, 73)

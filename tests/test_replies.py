@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from trainer.evaluation.reply import read_reply
 
 
+pytestmark = pytest.mark.any_release
+
+
 ANIMALS = ["dog", "cat", "3 cats", "a red bird"]
 COLOURS = ["red", "dark red", "blue", "green"]
 NUMBERS = ["1", "2", "12", "0"]

@@ -24,6 +24,9 @@ from trainer.data.report_page import (
 from trainer.data.rows import IMAGE, BadRow, message
 
 
+pytestmark = pytest.mark.any_release
+
+
 VOID = {"meta", "img"}
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "b", "a", "div", "table", "caption"),

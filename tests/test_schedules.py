@@ -10,6 +10,9 @@ from trainer import AMVLSFTConfig
 from trainer.schedules import kl_weights, ramp, resolve_steps
 
 
+pytestmark = pytest.mark.any_release
+
+
 NUM_STEPS = 100
 ORDERS = ("forward_first", "reverse_first", "together")
 

@@ -8,6 +8,9 @@ from recipes.theory_amvl import TheoryArguments, closed_form, largest_difference
 from trainer.objective import gaussian_kl, reduce_kl
 
 
+pytestmark = pytest.mark.any_release
+
+
 QUICK = {"num_steps": 900, "batch_size": 2048}
 
 
