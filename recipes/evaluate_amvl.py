@@ -46,17 +46,22 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Hub id or local folder of the benchmark's shape; where it was published by default."},
     )
-    data_revision: str | None = field(default=None, metadata={"help": "Revision of the benchmark's repository."})
+    data_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the benchmark's repository; not for local data."}
+    )
     answer_line: str | None = field(
         default=None,
         metadata={
-            "help": "Last line of every prompt, '' for none; by default the one that asks for a letter, for `puzzles` none."
+            "help": "Last line of every prompt, in place of a benchmark's own, '' for none; by default the one that asks for "
+            "a letter, for `puzzles` none."
         },
     )
     max_rows: int | None = field(default=None, metadata={"help": "Most rows of each task, to try things out."})
     latents: list[str] | None = field(
         default=None,
-        metadata={"help": "`prior`, the default, and `none`, the same weights without latents; one or both."},
+        metadata={
+            "help": "Of AMVL models: `prior`, the default, and `none`, the same weights without latents; one or both."
+        },
     )
     latent_temperature: float | None = field(
         default=None, metadata={"help": "tau of AMVL models, their own by default; 0 is deterministic."}

@@ -149,6 +149,11 @@ def test_what_cannot_be_asked_is_counted_with_its_reason_and_nothing_is_lost(tmp
         blink_row(5, prompt=None),
         blink_row(6, answer=""),
         blink_row(7, choices=["only one"]),
+        blink_row(9, choices=["left", "right", "up"]),
+        blink_row(10, choices=["right", "left"]),
+        blink_row(11, 3, image_2=None),
+        blink_row(12, image_1=None),
+        blink_row(13, prompt="<image> Which?\n(A) left\n(B) right"),
         blink_row(8, options=("a", "b", "c", "d"), answer="D"),
     ]
     write_parquet(rows, tmp_path / "data" / "Jigsaw" / "val-0.parquet", FEATURES)
@@ -165,9 +170,12 @@ def test_what_cannot_be_asked_is_counted_with_its_reason_and_nothing_is_lost(tmp
         "a question that is no text": 1,
         "no answer": 1,
         "another number of options than 2 to 26": 1,
+        "choices that are not the options in its prompt": 2,
+        "an image that is missing": 2,
+        "an image placeholder in its text": 1,
     }
     assert (
-        asked.report["read"] == 9
+        asked.report["read"] == 14
         and "val_Jigsaw_2" in asked.report["dropped"]["an answer that is not among the options"]["examples"][0]
     )
     write_parquet(rows[1:2], tmp_path / "hidden" / "Jigsaw" / "val-0.parquet", FEATURES)
@@ -234,9 +242,14 @@ def test_hrbench_takes_its_size_and_keeps_rotations_of_a_question_together(tmp_p
     assert len(prepare_questions("hrbench_8k", tmp_path / "other", tmp_path / "data").questions) == 4
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_visual_puzzles_take_the_only_split_and_options_in_the_picture(tmp_path, split):
-    rows = [visual_puzzle(0), visual_puzzle(1, None), visual_puzzle(2, answer="(E)"), visual_puzzle(3, answer="4")]
+@pytest.mark.parametrize(("split", "in_picture"), [("train", None), ("test", ["", " ", "", ""]), ("test", [None] * 4)])
+def test_visual_puzzles_take_the_only_split_and_options_in_the_picture(tmp_path, split, in_picture):
+    rows = [
+        visual_puzzle(0),
+        visual_puzzle(1, in_picture),
+        visual_puzzle(2, answer="(E)"),
+        visual_puzzle(3, answer="4"),
+    ]
     write_parquet(rows, tmp_path / "data" / "data" / f"{split}-00000-of-00001.parquet", VISUAL_PUZZLES)
     asked = prepare_questions("visualpuzzles", tmp_path / "questions", tmp_path / "data")
     assert [(question.gold, question.options, question.num_options) for question in asked.questions] == [
@@ -266,17 +279,74 @@ def test_puzzles_are_read_from_a_folder_or_made_from_photographs(tmp_path):
 def test_a_folder_of_questions_is_read_again_and_never_mixed(tmp_path):
     vstar_folder(tmp_path / "data")
     first = prepare_questions("vstar", tmp_path / "questions", tmp_path / "data")
-    (tmp_path / "data" / "test_questions.jsonl").unlink()  # not needed any more
     assert prepare_questions("vstar", tmp_path / "questions", tmp_path / "data") == first
     with pytest.raises(ValueError, match="`answer_line` was .Answer with.* and is 'Think!'.*`output_dir`"):
         prepare_questions("vstar", tmp_path / "questions", tmp_path / "data", answer_line="Think!")
     with pytest.raises(ValueError, match="`benchmark` was 'vstar' and is 'blink'"):
         prepare_questions("blink", tmp_path / "questions", tmp_path / "data")
+    vstar_folder(tmp_path / "data", [vstar_row(5)])
+    with pytest.raises(ValueError, match="`data_files` was .* and is"):
+        prepare_questions("vstar", tmp_path / "questions", tmp_path / "data")
+
+
+def test_blink_in_one_table_is_asked_by_task(tmp_path):
+    rows = [
+        blink_row(number, sub_task=task) for task in ("Jigsaw", "Counting", "IQ_Test", "Other") for number in range(3)
+    ]
+    write_parquet(rows, tmp_path / "data" / "val-00000-of-00001.parquet", FEATURES)
+    for name, expected in (("blink", ["Jigsaw", "Counting", "IQ_Test"]), ("blink_paper", ["Jigsaw", "IQ_Test"])):
+        asked = prepare_questions(name, tmp_path / name, tmp_path / "data", max_rows=2)
+        assert [question.task for question in asked.questions] == [task for task in expected for _ in range(2)]
+        assert asked.report["dropped"]["another task than those of the benchmark"]["rows"] == 2
+
+
+def test_categories_are_one_line_of_a_table_and_texts_are_unicode(tmp_path):
+    categories = [3, "a | b\nc", "total", "", None, ["x"], True]
+    rows = [vstar_row(number) | {"category": category} for number, category in enumerate(categories)]
+    rows.append(vstar_row(9, text="bad \ud800\n(A) x\n(B) y"))
+    vstar_folder(tmp_path / "data", rows)
+    asked = prepare_questions("vstar", tmp_path / "questions", tmp_path / "data")
+    assert [question.task for question in asked.questions] == ["3", "a / b c", "total (category)", "all", "all"]
+    dropped = {reason: entry["rows"] for reason, entry in asked.report["dropped"].items()}
+    assert dropped == {"a category that is no text": 2, "a text that is no Unicode": 1}
+
+
+def test_a_given_answer_line_takes_the_place_of_a_benchmarks_own(tmp_path):
+    (row,) = vstar_folder(tmp_path / "data", [vstar_row(0)])
+    for line in ("Think.", ""):
+        asked = prepare_questions("vstar", tmp_path / f"q{line}", tmp_path / "data", answer_line=line)
+        assert asked.questions[0].prompt == (row["text"].removesuffix(DIRECT_ANSWER) + line).strip()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("hrbench_4k-00000-of-00002.parquet", "hrbench_4k-00001-of-00002.parquet", "hrbench_8k.parquet"),
+        ("hrbench_4k/0000.parquet", "hrbench_4k/0001.parquet", "hrbench_8k/0000.parquet"),
+    ],
+)
+def test_hrbench_in_several_files_is_found_by_its_size(tmp_path, names):
+    for number, name in enumerate(names):
+        rows = list(hrbench_rows(number))
+        image = rows[0]["image"]
+        rows[0]["image"] = "\n".join(image[start : start + 76] for start in range(0, len(image), 76))
+        rows[1]["A"], rows[2]["question"] = f"{rows[1]['A']} ", f"{rows[2]['question']}  "
+        write_parquet(rows, tmp_path / "data" / name)
+    asked = prepare_questions("hrbench_4k", tmp_path / "4k", tmp_path / "data")
+    assert len(asked.questions) == 8 and len({question.group for question in asked.questions}) == 2
+    assert len(prepare_questions("hrbench_8k", tmp_path / "8k", tmp_path / "data").questions) == 4
+    assert len(prepare_questions("hrbench_4k", tmp_path / "few", tmp_path / "data", max_rows=5).questions) == 5
+    write_parquet(rows, tmp_path / "hr_bench_8k.parquet")
+    with pytest.raises(ValueError, match=r"another size than `benchmark` 'hrbench_4k', .*hr_bench_8k"):
+        prepare_questions("hrbench_4k", tmp_path / "other", tmp_path / "hr_bench_8k.parquet")
 
 
 def test_wrong_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`benchmark` must be one of .*'vstar'.*got 'mmmu'"):
         prepare_questions("mmmu", tmp_path / "questions")
+    for name, data in (("puzzles", None), ("vstar", tmp_path)):
+        with pytest.raises(ValueError, match="`data_revision` is 'main', but `data` is .*no repository"):
+            prepare_questions(name, tmp_path / "questions", data, revision="main")
     with pytest.raises(ValueError, match="`data` is '.*nowhere', which is neither"):
         prepare_questions("vstar", tmp_path / "questions", tmp_path / "nowhere")
     write_parquet([blink_row(0)], tmp_path / "data" / "Other" / "val-0.parquet", FEATURES)

@@ -20,6 +20,7 @@ from trainer.data.puzzles import FEATURES
 from trainer.demo import build_tiny_backbone
 from trainer.evaluation.answering import answer_batch
 from trainer.evaluation.letters import draw_latents, letter_log_probs
+from trainer.evaluation.models import _version
 from trainer.evaluation.questions import prepare_questions
 
 
@@ -182,9 +183,9 @@ def test_letter_scores_are_the_likelihoods_of_the_letters_written_out(workplace,
     scores = letter_log_probs(asked, processor, batch, latents, 4)
     expected = []
     for letter in "ABCD":
-        forms = []
-        for form in (letter, f"({letter}"):
-            ids = torch.tensor([processor.tokenizer(form, add_special_tokens=False)["input_ids"]] * 6)
+        forms, texts = [], (letter, f"({letter}", f" {letter}", f" ({letter}")
+        for written in {tuple(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}:
+            ids = torch.tensor([written] * 6)
             with torch.no_grad():
                 forms.append(model.log_prob(completion_ids=ids, latents=latents, **batch).sum(1))
         expected.append(torch.stack(forms).exp().sum(0).log())
@@ -267,6 +268,18 @@ def test_a_finished_run_loads_no_model_and_other_settings_are_refused_by_name(wo
             main(arguments_of(workplace, whole, **changes))
 
 
+def test_a_model_is_told_from_another_by_any_weight_and_by_its_chat_template(tmp_path):
+    file = tmp_path / "model.safetensors"
+    versions = set()
+    for position in (0, 1_000_001, 7_999_999):  # between blocks, were it sampled
+        data = bytearray(8_000_000)
+        data[position] = 1
+        file.write_bytes(data)
+        versions.add(_version(tmp_path, {})["weights"])
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert len({*versions, _version(tmp_path, {})["weights"]}) == 4
+
+
 def test_settings_that_would_change_nothing_and_models_that_are_none_are_refused_first(workplace, tmp_path):
     stock = [f"base={workplace / 'base'}"]
     for changes, message in (
@@ -274,6 +287,10 @@ def test_settings_that_would_change_nothing_and_models_that_are_none_are_refused
         ({"latents": ["none"], "latent_temperature": 0.0}, "`latent_temperature` is 0.0, but no model"),
         ({"models": stock, "latents": None, "num_latents": 3}, "`num_latents` is 3, but no model"),
         ({"models": stock}, r"`latents` is \['prior', 'none'\], but none of"),
+        ({"models": stock, "latents": ["prior"]}, r"`latents` is \['prior'\], but none of"),
+        ({"models": stock, "latents": ["none"]}, r"`latents` is \['none'\], but none of"),
+        ({"models": [f"chance={workplace / 'base'}"]}, "`models` has the name 'chance', which is a column"),
+        ({"models": [f"constant={workplace / 'base'}"]}, "`models` has the name 'constant', which is a column"),
         ({"num_latents": 8}, "`num_latents` is 8, but .* was trained with 3"),
         ({"latents": ["posterior"]}, r"`latents` must be of \['prior', 'none'\], got \['posterior'\]"),
         ({"latent_temperature": -1.0}, "`latent_temperature` must be 0 or more, got -1"),
@@ -312,8 +329,14 @@ def test_other_benchmarks_run_too_and_what_was_left_out_is_on_the_page(workplace
     results = results_of(tmp_path / "out")
     assert results["rule"] == "mean over rows" and results["num_questions"]["total"] == 3
     assert results["arms"]["amvl"]["letter_accuracy"] is None
+    shares = {name: results["columns"][name]["total"] for name in results["arms"]}
+    for name, share in shares.items():  # Wilson's has a width also at none and all of three
+        low, high = results["arms"][name]["intervals"]["total"]
+        z, center = 1.959964, (share + 1.959964**2 / 6) / (1 + 1.959964**2 / 3)
+        half = z / (1 + z**2 / 3) * (share * (1 - share) / 3 + z**2 / 36) ** 0.5
+        assert (low, high) == pytest.approx((center - half, center + half), abs=1e-5) and low < high
     page = (tmp_path / "out" / "results.html").read_text()
-    assert "1 with no options" in page and "<b>no" not in page
+    assert "Wilson" in page and "1 with no options" in page and "<b>no" not in page
 
 
 def test_budgets_that_differ_are_said_and_shown(workplace, tmp_path, caplog):

@@ -9,6 +9,7 @@ their column `prompt`, V* in `text`; the line is added to BLINK's, not to V*'s, 
 import base64
 import binascii
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from typing import NamedTuple
 from ..data.files import SourceFiles, is_hub_id, read_records
 from ..data.rows import BadRow, brief, is_blank, is_given
 from ..data.tables import SourceTables
-from .options import match_option
+from .options import match_option, same_option
 from .reply import LETTERS, plain
+from .results import TOTAL
 
 
 DIRECT_ANSWER = "Answer with the option's letter from the given choices directly."
@@ -49,6 +51,7 @@ PAPER_TASKS = (
     "Spatial_Relation",
 )
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[).:][ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+IMAGE_SIZE = re.compile(r"(?<!\d)([48]k)(?![a-z0-9])", re.IGNORECASE)  # in the name of a file of HR-Bench
 LETTER = re.compile(r"\s*[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?\s*")
 
 
@@ -128,6 +131,19 @@ def question_text(question, options):
     return "\n".join([question.strip(), *lines])
 
 
+def task_name(value):
+    """
+    A task or category as one line of a table: `"all"` where there is none, and never the name of the row of totals.
+
+    Raises:
+        BadRow: neither a text nor a whole number.
+    """
+    if isinstance(value, bool) or not (value is None or isinstance(value, (str, int))):
+        raise BadRow("a category that is no text", brief(value))
+    name = " ".join(("" if value is None else str(value)).split()).replace("|", "/")
+    return f"{name} (category)" if name == TOTAL else name or "all"
+
+
 def _name(record, keys, number):
     names = (record.get(key) for key in keys)
     return next((str(name) for name in names if isinstance(name, (str, int)) and str(name)), f"row {number}")
@@ -139,13 +155,27 @@ def convert_blink(record, task, number):
     if not isinstance(prompt, str) or is_blank(prompt):
         raise BadRow("a question that is no text", brief(prompt))
     cells = [record.get(f"image_{place}") for place in range(1, 5)]
-    options = texts_of_options(record.get("choices")) or options_in(prompt)
+    listed = options_in(prompt)
+    options = texts_of_options(record.get("choices")) or listed
     if options is None:
         raise BadRow("no options", brief(prompt))
     gold = gold_letter(record.get("answer"), options, len(options))
+    if listed and not _same_texts(options, listed):
+        raise BadRow("choices that are not the options in its prompt", brief(options))
     images = [cell for cell in cells if is_given(cell)]
-    name = _name(record, ("idx", "id"), number)
-    return Draft(name, task or record.get("sub_task") or "all", images, prompt, options, len(options), gold)
+    if any(not is_given(cell) for cell in cells[: len(images)]):
+        raise BadRow("an image that is missing", f"{len(images)} images, not the first ones")
+    name, task = _name(record, ("idx", "id"), number), task_name(task or record.get("sub_task"))
+    return Draft(name, task, images, prompt, options, len(options), gold)
+
+
+def _same_texts(options, listed):
+    """Whether options are those that a text lists a line each; of an option of several lines, its first."""
+    firsts = [(option.splitlines() or [""])[0] for option in options]
+    return len(options) == len(listed) and all(
+        " ".join(first.split()) == " ".join(line.split()) or same_option(first, [line])
+        for first, line in zip(firsts, listed)
+    )
 
 
 def convert_vstar(record, task, number):
@@ -156,7 +186,7 @@ def convert_vstar(record, task, number):
     if (options := options_in(text)) is None:
         raise BadRow("no options", brief(text))
     gold = gold_letter(record.get("label"), options, len(options))
-    name, category = _name(record, ("question_id", "id"), number), record.get("category") or "all"
+    name, category = _name(record, ("question_id", "id"), number), task_name(record.get("category"))
     return Draft(f"{category}/{name}", category, [record.get("image")], text, options, len(options), gold)
 
 
@@ -169,25 +199,29 @@ def convert_hrbench(record, task, number):
     image = record.get("image")
     if isinstance(image, str):
         try:
-            image = base64.b64decode(image.partition("base64,")[2] or image, validate=True)
+            image = base64.b64decode("".join((image.partition("base64,")[2] or image).split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadRow("an image that is no base64", brief(image)) from error
     prompt = question_text(record.get("question"), options)
     gold = gold_letter(record.get("answer"), options, 4)
-    name, category = _name(record, ("index", "id"), number), record.get("category") or "all"
-    group = "\n".join([record["question"].strip(), *sorted(options)])
+    name, category = _name(record, ("index", "id"), number), task_name(record.get("category"))
+    question, *texts = (" ".join(text.split()) for text in (record["question"], *options))
+    group = "\n".join([question, *sorted(texts)])
     return Draft(name, category, [image], prompt, options, 4, gold, group)
 
 
 def convert_visual_puzzles(record, task, number):
     """VisualPuzzles: `image`, `question`, `options` or none where the picture has them, `answer`, `category`."""
-    options = texts_of_options(record.get("options"))
+    options = record.get("options")
+    if isinstance(options, list) and all(option is None or is_blank(str(option)) for option in options):
+        options = None  # in the picture
+    options = texts_of_options(options)
     num_options = 4 if options is None else len(options)
     prompt = question_text(record.get("question"), options or ())
     if options is None:
         prompt += "\nThe options (A), (B), (C) and (D) are in the picture."
     gold = gold_letter(record.get("answer"), options, num_options)
-    name, category = _name(record, ("id",), number), record.get("category") or "all"
+    name, category = _name(record, ("id",), number), task_name(record.get("category"))
     return Draft(name, category, [record.get("image")], prompt, options, num_options, gold)
 
 
@@ -212,14 +246,14 @@ def read_records_of(name, data=None, revision=None, max_rows=None, seed=0):
         data (`str`, *optional*): Hub id or local folder of the same shape; by default where it was published, and for
             `"puzzles"` freshly made ones, of `seed`.
         revision (`str`, *optional*): of the Hub's repository.
-        max_rows (`int`, *optional*): most records of each task, or of a benchmark without configs.
+        max_rows (`int`, *optional*): most records of each task, or of all where the benchmark has none.
         seed (`int`, defaults to 0): of puzzles that are made here.
 
     Returns:
         `tuple[SourceFiles | None, Iterator]`: where images named by path lie, and pairs of config or `None` and record.
 
     Raises:
-        ValueError: a source that is not there, or has no such split.
+        ValueError: a source that is not there, or has no such split, or images of another size.
     """
     benchmark = BENCHMARKS[name]
     if data is None and benchmark.hub_id is None:
@@ -231,8 +265,10 @@ def read_records_of(name, data=None, revision=None, max_rows=None, seed=0):
     if name == "vstar" and (listed := _json_file(files)):
         return files, ((None, record) for record in read_records(files.path(listed))[:max_rows])
     tables = SourceTables(data, Path(data).absolute(), files.folder, benchmark.split, revision, streaming=False)
-    if name.startswith("hrbench") and (file := _file_of_size(files, tables, name)):
-        tables = SourceTables(data, file, files.folder, benchmark.split, revision, streaming=False)
+    if name.startswith("hrbench") and (paths := _files_of_size(data, files, name)):
+        shards = [SourceTables(data, path, files.folder, benchmark.split, revision, streaming=False) for path in paths]
+        opened = [(config, shard.split(config)) for shard in shards for config in shard.wanted(None)]
+        return files, _records(opened, max_rows)
     configs = tables.wanted(None)
     if HRBENCH_CONFIG in configs:
         configs = [HRBENCH_CONFIG]
@@ -247,13 +283,25 @@ def read_records_of(name, data=None, revision=None, max_rows=None, seed=0):
     without_card = benchmark.split == "val" and "val" not in splits and "validation" in splits
     tables.split_name = "validation" if without_card else benchmark.split or splits[0]
     opened = [(config, tables.split(config)) for config in configs]  # before a record is read
+    in_one_table = benchmark.convert is convert_blink and configs == [None]  # which has rows of all tasks
+    return files, _records(opened, max_rows, in_one_table, benchmark.tasks)
 
-    def records():
-        for config, table in opened:
-            for batch in (table if max_rows is None else table.take(max_rows)).iter(batch_size=1):
-                yield config, {key: values[0] for key, values in batch.items()}
 
-    return files, records()
+def _records(opened, max_rows, in_one_table=False, tasks=None):
+    """Pairs of config and record, `max_rows` of each config, or of each `sub_task` of a table that holds several."""
+    counts = Counter()
+    for config, table in opened:
+        for batch in table.iter(batch_size=1):
+            record = {key: values[0] for key, values in batch.items()}
+            task = str(record.get("sub_task")) if in_one_table else config
+            if in_one_table and tasks and task in BLINK_TASKS and task not in tasks:
+                continue
+            if counts[task] == max_rows:
+                if not in_one_table:
+                    break
+                continue
+            counts[task] += 1
+            yield config, record
 
 
 def _made_puzzles(num_rows, seed):
@@ -270,11 +318,19 @@ def _json_file(files):
     return next((name for name in found if Path(name).stem.startswith("test")), None)
 
 
-def _file_of_size(files, tables, name):
-    """The one file `..._4k.parquet` of a folder without a card that tells the splits apart."""
-    if files.folder is None or not Path(files.name).is_dir() or (files.folder / "README.md").is_file():
-        return None
-    found = [
-        path for path in files.glob("**/*.parquet") if name.removeprefix("hrbench") in f"_{Path(path).name.lower()}"
-    ]
-    return files.path(found[0]) if len(found) == 1 else None
+def _files_of_size(data, files, name):
+    """The files of one size, by their paths, where no card tells the splits apart; none if no path names a size."""
+    wanted, path = name.removeprefix("hrbench_"), Path(data)
+    if path.is_file():
+        found = [path.name]
+    elif path.is_dir() and not (path / "README.md").is_file():
+        found = files.glob("**/*.parquet")
+    else:
+        return []
+    sizes = {file: sizes[-1].lower() for file in found if (sizes := IMAGE_SIZE.findall(file))}
+    if sizes and wanted not in sizes.values():
+        raise ValueError(
+            f"`data` has files of another size than `benchmark` {name!r}, {sorted(sizes)}: name those of {wanted}, or "
+            "the other benchmark."
+        )
+    return [files.path(file) for file, size in sizes.items() if size == wanted]

@@ -12,7 +12,7 @@ from modeling_amvl.latents_amvl import sample_latents, upcast
 from .reply import LETTERS
 
 
-FORMS = ("{}", "({}")  # as models begin: `B`, and `(B)` as BLINK writes it
+FORMS = ("{}", "({}", " {}", " ({}")  # as models begin: `B`, and `(B)` as BLINK writes it, also behind a space
 
 
 def draw_latents(model, batch, numbers, temperature, seed):
@@ -42,7 +42,7 @@ def draw_latents(model, batch, numbers, temperature, seed):
 @torch.no_grad()
 def letter_log_probs(model, processor, batch, latents, num_letters):
     """
-    log of the probability that an answer starts with a letter, plain or behind a bracket.
+    log of the probability that an answer starts with a letter, plain or behind a bracket, with a space before or not.
 
     Args:
         model ([`AMVLForConditionalGeneration`] or a stock model): in evaluation mode.
@@ -52,7 +52,7 @@ def letter_log_probs(model, processor, batch, latents, num_letters):
         num_letters (`int`): O.
 
     Returns:
-        `torch.Tensor`: `(B, O)`, in nats, log(p("B") + p("(B")). The largest among a row's options is its answer.
+        `torch.Tensor`: `(B, O)`, in nats, log(p("B") + p("(B") + p(" B") + p(" (B")), of each way to write it once. The largest among a row's options is its answer.
 
     Raises:
         ValueError: the tokenizer writes two letters alike.
@@ -65,10 +65,12 @@ def letter_log_probs(model, processor, batch, latents, num_letters):
     else:  # whole forwards, which are exact whatever the model
         prompt = PLANS["full"](model, input_ids, {"attention_mask": attention_mask, **batch}, None)
     written = [
-        [tuple(processor.tokenizer(form.format(letter), add_special_tokens=False)["input_ids"]) for form in FORMS]
+        sorted(
+            {tuple(processor.tokenizer(form.format(letter), add_special_tokens=False)["input_ids"]) for form in FORMS}
+        )
         for letter in LETTERS[:num_letters]
     ]
-    if len({ids for forms in written for ids in forms}) != num_letters * len(FORMS):
+    if len({ids for forms in written for ids in forms}) != sum(map(len, written)):
         raise ValueError(
             "`letter_scores` cannot be had: the tokenizer writes several letters alike. Switch them off with "
             "`--letter_scores false`."

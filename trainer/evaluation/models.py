@@ -1,5 +1,6 @@
 """The models of an evaluation: what each is, before its weights are loaded, and whether it can be asked as was asked for."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +15,10 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 logger = logging.getLogger(__name__)
 
 LATENTS = {"prior": "prior", "none": "no_latents"}  # as the command calls a source of latents, and `answer_batch`
-BLOCKS, BLOCK_SIZE = 64, 2**16  # of a weight file that go into its fingerprint
+RESERVED = ("chance", "constant")  # columns of every table
+READ_WITH_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
+# A file above the limit goes into the fingerprint by its time and by blocks, for it takes minutes to read.
+MAX_HASHED, BLOCKS, BLOCK_SIZE = 2**32, 64, 2**16
 
 
 @dataclass
@@ -54,7 +58,7 @@ def parse_models(models):
         `dict[str, str]`: path by name.
 
     Raises:
-        ValueError: another form, or a name twice.
+        ValueError: another form, a name twice, or one of `RESERVED`.
     """
     if not models:
         raise ValueError("`models` is empty: give `--models base=PATH amvl=PATH`, a name and a Hub id or folder each.")
@@ -70,6 +74,8 @@ def parse_models(models):
             raise ValueError(
                 f"`models` has {given!r}: write `name=path`, the name of letters, digits, '-', '_' and '.'."
             )
+        if name in RESERVED:
+            raise ValueError(f"`models` has the name {name!r}, which is a column of every table: use another name.")
         if name in named:
             raise ValueError(f"`models` has the name {name!r} twice: a name is a column of the table.")
         named[name] = path
@@ -94,10 +100,10 @@ def plan_arms(
         `list[Arm]`.
 
     Raises:
-        ValueError: a model that cannot be read, a setting of latents that would change nothing, an image budget that a
-            processor cannot be given.
+        ValueError: a model that cannot be read, a setting of latents that would change nothing, also `latents` itself, an
+            image budget that a processor cannot be given.
     """
-    latents = ["prior"] if latents is None else list(dict.fromkeys(latents))
+    given, latents = latents, ["prior"] if latents is None else list(dict.fromkeys(latents))
     if not latents or (unknown := sorted(set(latents) - set(LATENTS))):
         raise ValueError(f"`latents` must be of {list(LATENTS)}, got {latents if not latents else unknown}.")
     if temperature is not None and not 0 <= temperature < float("inf"):
@@ -150,7 +156,7 @@ def plan_arms(
                 raise ValueError(
                     f"`{key}` is {value}, but no model is asked with latents, and it would change nothing: leave it out."
                 )
-        if "prior" in latents and not any(arm.model_type == "amvl" for arm in arms) and len(latents) > 1:
+        if given is not None and not any(arm.model_type == "amvl" for arm in arms):
             raise ValueError(f"`latents` is {latents}, but none of {list(models)} is an AMVL model: leave it out.")
     _warn_of_budgets(arms)
     return arms
@@ -177,15 +183,23 @@ def load_model(arm, device, dtype="auto", attn_implementation=None):
 
 
 def _version(path, config):
-    """The commit of a repository; of a folder, a hash of its configuration and of blocks of every weight file."""
+    """The commit of a repository; of a folder, a hash of its weights and of what its processor is read from."""
     if not Path(path).is_dir():
         return {"commit": config.get("_commit_hash")}
     digest = hashlib.sha256()
-    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin"), Path(path) / "config.json"]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as stream:
-            for block in range(BLOCKS):
-                stream.seek(block * max(size // BLOCKS, 1))
-                digest.update(stream.read(BLOCK_SIZE))
+    for file in sorted(file for file in Path(path).iterdir() if file.suffix in READ_WITH_A_MODEL and file.is_file()):
+        state = file.stat()
+        digest.update(f"{file.name} {_hash_of_file(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return {"weights": digest.hexdigest()[:16]}
+
+
+@functools.cache
+def _hash_of_file(file, size, changed):
+    with open(file, "rb") as stream:
+        if size <= MAX_HASHED:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} {changed}".encode())
+        for block in range(BLOCKS):
+            stream.seek(block * (size // BLOCKS))
+            digest.update(stream.read(BLOCK_SIZE))
+        return digest.hexdigest()

@@ -13,9 +13,11 @@ from ..data.files import BadLine
 from ..data.images import check_image, store_image
 from ..data.report import write_atomically
 from ..data.rows import IMAGE, BadRow, brief, is_given, message
-from .benchmarks import BENCHMARKS, read_records_of
+from .benchmarks import BENCHMARKS, DIRECT_ANSWER, read_records_of
 
 
+# Of a local folder, as they are read; not what a run writes, which may lie in the same folder.
+DATA_FILES = ("**/*.parquet", "**/*.arrow", "*.jsonl", "test*.json", "README.md")
 MAX_EXAMPLES = 3  # of each reason why a record is no question
 
 
@@ -82,13 +84,15 @@ def prepare_questions(benchmark, folder, data=None, revision=None, answer_line=N
         benchmark (`str`): one of `BENCHMARKS`.
         folder (`str` or `Path`): where the questions and their pictures go; all or nothing is written.
         data, revision, max_rows, seed: see [`read_records_of`].
-        answer_line (`str`, *optional*): last line of every prompt that does not have it; the benchmark's by default.
+        answer_line (`str`, *optional*): last line of every prompt that does not have it, in place of `DIRECT_ANSWER`
+            where a prompt ends so; the benchmark's by default.
 
     Returns:
         `QuestionSet`.
 
     Raises:
-        ValueError: an unknown benchmark, a source that cannot be read, no usable row, or a folder with other questions.
+        ValueError: an unknown benchmark, a source that cannot be read, no usable row, a revision of what is no
+            repository, or a folder with other questions, also where local data files have changed since.
     """
     if benchmark not in BENCHMARKS:
         raise ValueError(f"`benchmark` must be one of {list(BENCHMARKS)}, got {benchmark!r}.")
@@ -101,6 +105,13 @@ def prepare_questions(benchmark, folder, data=None, revision=None, answer_line=N
     )
     if data is not None:
         del settings["seed"]
+    is_local = data is not None and Path(data).exists()
+    if revision is not None and (data is None or is_local):
+        raise ValueError(
+            f"`data_revision` is {revision!r}, but `data` is {data!r}, no repository, and it would change nothing: leave it out."
+        )
+    if is_local:
+        settings["data_files"] = _state_of_files(Path(data))
     folder = Path(folder)
     if folder.exists():
         return load_questions(folder, settings)
@@ -118,6 +129,13 @@ def prepare_questions(benchmark, folder, data=None, revision=None, answer_line=N
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return load_questions(folder, settings)
+
+
+def _state_of_files(path):
+    """A hash of the names, sizes and times of the data files of a folder, or of one file; images are not looked at."""
+    files = [path] if path.is_file() else [file for pattern in DATA_FILES for file in path.glob(pattern)]
+    states = ((file.relative_to(path).as_posix(), file.stat()) for file in sorted(files) if file.is_file())
+    return _digest("".join(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states).encode())
 
 
 def load_questions(folder, settings):
@@ -150,6 +168,7 @@ def _read(benchmark, files, records, folder, answer_line):
                 reason = "a line that is no JSON" if isinstance(record, BadLine) else "a record that is no record"
                 raise BadRow(reason, brief(record))
             draft = convert(record, task, number)
+            _check_texts(draft, BENCHMARKS[benchmark].tasks)
             if not draft.images:
                 raise BadRow("no image")
             stored = [_save_image(cell, files, folder / "images", repaired) for cell in draft.images]
@@ -158,9 +177,12 @@ def _read(benchmark, files, records, folder, answer_line):
             entry["rows"] += 1
             if len(entry["examples"]) < MAX_EXAMPLES:
                 name = record.get("idx", number) if isinstance(record, dict) else number
-                entry["examples"].append(f"{task or benchmark}, {name}: {error.detail}")
+                example = f"{task or benchmark}, {name}: {error.detail}"
+                entry["examples"].append(example.encode("utf-8", "backslashreplace").decode())
             continue
         prompt = draft.prompt.rstrip()
+        if answer_line != BENCHMARKS[benchmark].answer_line:  # in place of V*'s own
+            prompt = prompt.removesuffix(DIRECT_ANSWER).rstrip()
         if answer_line and answer_line not in prompt:
             prompt += f"\n{answer_line}"
         group = f"row {number}" if draft.group is None else _digest(f"{stored}{draft.group}".encode())
@@ -173,6 +195,18 @@ def _read(benchmark, files, records, folder, answer_line):
         reasons = ", ".join(f"{entry['rows']} rows with {reason}" for reason, entry in dropped.items()) or "no row"
         raise ValueError(f"`data` has no question that can be asked of `benchmark` {benchmark!r}: {reasons}.")
     return questions, report
+
+
+def _check_texts(draft, tasks):
+    texts = [draft.row_id, draft.task, draft.prompt, *(draft.options or ())]
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow("a text that is no Unicode", str(error)) from error
+    if any("<image>" in text for text in texts):
+        raise BadRow("an image placeholder in its text", brief(draft.prompt))
+    if tasks and draft.task not in tasks:
+        raise BadRow("another task than those of the benchmark", brief(draft.task))
 
 
 def _digest(data):

@@ -3,6 +3,8 @@
 from collections import Counter
 from itertools import combinations
 
+from scipy.stats import binomtest
+
 from .reply import LETTERS, read_reply
 from .scores import accuracy_by_task, chance_hits, constant_answers, paired_bootstrap, total_score
 
@@ -50,6 +52,14 @@ def summarize(question_set, arms, answers, settings, confidence=0.95, num_resamp
         picked = ([values[row] for row in rows] for values in (first, second, groups))
         return paired_bootstrap(*picked, strata, confidence, num_resamples, settings["seed"])
 
+    def own_interval(hits, task):
+        """Wilson's for a mean over rows that are drawn each on its own: a bootstrap of no hit, or of hits alone, has no width."""
+        rows = range(len(questions)) if task == TOTAL else places[task]
+        if (task == TOTAL and rule == "mean over tasks") or len({groups[row] for row in rows}) < len(rows):
+            return list(interval([0.0] * len(questions), hits, task)[1:])
+        test = binomtest(int(sum(hits[row] for row in rows)), len(rows))
+        return list(map(float, test.proportion_ci(confidence, method="wilson")))
+
     hits, facts = {}, {}
     for arm in arms:
         given = answers[arm.name]
@@ -59,7 +69,6 @@ def summarize(question_set, arms, answers, settings, confidence=0.95, num_resamp
         ]
         hits[arm.name] = [float(letter == right) for letter, right in zip(read, gold)]
         columns[arm.name] = _accuracies(hits[arm.name], tasks, rule)
-        nothing = [0.0] * len(questions)
         facts[arm.name] = {
             "path": arm.path,
             "model_type": arm.model_type,
@@ -73,7 +82,7 @@ def summarize(question_set, arms, answers, settings, confidence=0.95, num_resamp
             "letter_accuracy": _letter_accuracy(given, questions, tasks, rule),
             "tokens_per_answer": sum(answer["num_tokens"] for answer in given.values()) / len(given),
             "seconds_per_answer": sum(answer["seconds"] for answer in given.values()) / len(given),
-            "intervals": {task: list(interval(nothing, hits[arm.name], task)[1:]) for task in columns[arm.name]},
+            "intervals": {task: own_interval(hits[arm.name], task) for task in columns[arm.name]},
         }
     differences = []
     for first, second in combinations(hits, 2):

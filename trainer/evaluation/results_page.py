@@ -30,8 +30,10 @@ img.chart { background: #fff; border-radius: .4rem; }
 """
 NOTES = """\
 chance: one over the number of options. constant: always one letter, the one that is right most often on these very rows
-{constant}. Intervals: paired bootstrap, 95%{groups}. unparsed: replies in which no single option can be read; they count
-as wrong. likeliest letter: a second reading, the option whose letter the model finds likeliest as the start of its answer."""
+{constant}. Intervals, 95%: Wilson's for a mean over rows of its own; a bootstrap for {drawn}, too narrow where nearly all
+rows are right or wrong; a paired bootstrap for differences{groups}. unparsed: replies in which no single option can be
+read; they count as wrong. likeliest letter: a second reading, the option whose letter the model finds likeliest as the
+start of its answer."""
 
 
 def save_results(results, question_set, answers, folder):
@@ -155,8 +157,13 @@ def _sentences(results):
         lines.append("The image budgets differ, which alone may change the scores.")
     shown = "; ".join(f"{key} {value!r}" for key, value in settings.items() if value is not None)
     constant = "of each task" if results["rule"] == "mean over tasks" else "of each line"
+    drawn = "rotations of a question" if results["benchmark"].startswith("hrbench") else "a mean over tasks"
     groups = ", rotations of a question drawn together" if results["benchmark"].startswith("hrbench") else ""
-    return [*lines, f"Settings: {shown}.", NOTES.format(constant=constant, groups=groups).replace("\n", " ")]
+    return [
+        *lines,
+        f"Settings: {shown}.",
+        NOTES.format(constant=constant, groups=groups, drawn=drawn).replace("\n", " "),
+    ]
 
 
 def render_markdown(results):
