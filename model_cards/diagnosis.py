@@ -6,6 +6,9 @@ from pathlib import Path
 
 START, END = "<!-- diagnosis -->", "<!-- /diagnosis -->"
 HEADING = "## Does it use its latents?"
+MARKED = re.compile(rf"^{START}[ \t]*$.*?^{END}[ \t]*$", re.M | re.S)
+MARKER = re.compile(rf"^(?:{START}|{END})[ \t]*$", re.M)
+SECTION = re.compile(rf"(^{re.escape(HEADING)}[ \t]*$)(.*?)(?=^#{{1,2}} |\Z)", re.M | re.S)
 NOT_MEASURED = re.compile(r"\n*Not measured: this run had\s+no evaluation split\.")
 # The posterior's arms are no interventions on what inference reads.
 BESIDE = {"posterior": "posterior Z, which has read the answer", "wrong posterior": "posterior Z of a wrong answer"}
@@ -29,7 +32,7 @@ def render_diagnosis(diagnosis):
         f"{changes['own']['num_rows']} questions of {_cell(settings['data'])}, greedy, latents at temperature 0, seed {settings['seed']}; against each "
         "row's own Z with all else fixed, with 95% intervals (bootstrap, paired).",
         "",
-        "| latents | rows | accuracy | change, points | other answers | change of log p(gold), nats |",
+        "| latents | rows | accuracy | change, points | other answers / other texts | change of log p(gold), nats |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in changes.items():
@@ -40,7 +43,8 @@ def render_diagnosis(diagnosis):
             lines.append(f"| own Z | {found['num_rows']} | {_percent(found['accuracy'])} | | | |")
         else:
             lines.append(
-                f"| {label} | {found['num_rows']} | {_percent(found['accuracy'])} | {_points(found)} | {_percent(found['flip_rate'])} | "
+                f"| {label} | {found['num_rows']} | {_percent(found['accuracy'])} | {_points(found)} | {_percent(found['flip_rate'])} / "
+                f"{_percent(found['text_flip_rate'])} | "
                 f"{found['log_prob']:+.3f} ({found['log_prob_low']:+.3f} to {found['log_prob_high']:+.3f}) |"
             )
     lines += [
@@ -60,21 +64,36 @@ def update_card(path, diagnosis):
         diagnosis (`dict`): see [`render_diagnosis`].
 
     Raises:
-        ValueError: there is no card.
+        ValueError: see [`check_card`].
+    """
+    text, section = check_card(path), marked(diagnosis)
+    path = Path(path)
+    if MARKED.search(text):
+        text = MARKED.sub(lambda _: section, text, count=1)
+    elif SECTION.search(text):
+        text = SECTION.sub(lambda found: f"{found[1]}\n\n{section}{NOT_MEASURED.sub('', found[2])}", text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{HEADING}\n\n{section}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def check_card(path):
+    """
+    The text of a card into which a diagnosis can be written.
+
+    Raises:
+        ValueError: there is no card, or its markers are no pair.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`{path}` is missing: there is no card to update. `AMVLSFTTrainer.save_model` writes one.")
-    text, section = path.read_text(encoding="utf-8"), marked(diagnosis)
-    if START in text and END in text:
-        before, rest = text.split(START, 1)
-        text = before + section + rest.split(END, 1)[1]
-    elif HEADING in text:
-        before, rest = text.split(HEADING, 1)
-        text = f"{before}{HEADING}\n\n{section}{NOT_MEASURED.sub('', rest, count=1)}"
-    else:
-        text = f"{text.rstrip()}\n\n{HEADING}\n\n{section}\n"
-    path.write_text(text, encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    found = [line.strip() for line in MARKER.findall(text)]
+    if found not in ([], [START, END]):
+        raise ValueError(
+            f"`{path}` must have the lines {START} and {END} once each, in this order, got {found}: mend it."
+        )
+    return text
 
 
 def marked(diagnosis):

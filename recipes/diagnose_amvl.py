@@ -10,7 +10,9 @@ with its tables (`diagnosis.md`, `diagnosis.json`) and pictures into `output_dir
 A thousand `photo_questions` took 36 seconds of one CPU core with the tiny model of the embedded default, k = 4.
 """
 
+import importlib.util
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from model_cards import update_card
+from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer.data.color_steps import build_color_steps
 from trainer.data.photo_questions import build_photo_questions
@@ -58,7 +61,7 @@ class DiagnoseArguments:
     controls: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Checkpoints to compare with, `sft=PATH base=PATH pause=PATH`: stock models, or AMVL models."
+            "help": "Checkpoints to compare with, `sft=PATH base=PATH`, stock or AMVL; `sft`: trained on the same data."
         },
     )
     max_rows: int = field(default=1000, metadata={"help": "Questions to ask, drawn at random if there are more."})
@@ -69,7 +72,11 @@ class DiagnoseArguments:
     update_card: bool = field(default=False, metadata={"help": "Write verdict and table into the checkpoint's card."})
 
     def __post_init__(self):
-        for name, least in (("max_rows", 2), ("num_sweep_rows", 2), ("batch_size", 1), ("max_new_tokens", 1)):
+        for module, package in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
+            if importlib.util.find_spec(module) is None:
+                raise ImportError(f"`{package}` is needed for a diagnosis and is missing: `pip install -e '.[demo]'`.")
+        least_of = {"max_rows": 2, "num_sweep_rows": 2, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         for control in self.controls:
@@ -80,8 +87,10 @@ class DiagnoseArguments:
             raise ValueError(f"`controls` are {self.controls}: each needs a name of its own.")
         if self.dataset_format is not None and self.dataset_format not in FORMATS:
             raise ValueError(f"`dataset_format` must be one of {FORMATS}, got {self.dataset_format!r}.")
-        if self.update_card and not (Path(self.checkpoint) / "README.md").is_file():
-            raise ValueError(f"`update_card` needs a card, but `{self.checkpoint}` is no folder with a README.md.")
+        if self.update_card:
+            if not (Path(self.checkpoint) / "README.md").is_file():
+                raise ValueError(f"`update_card` needs a card, but `{self.checkpoint}` is no folder with a README.md.")
+            check_card(Path(self.checkpoint) / "README.md")
         if self.output_dir is None:
             if not Path(self.checkpoint).is_dir():
                 raise ValueError(f"`output_dir` is needed, since `{self.checkpoint}` is no folder.")
@@ -150,12 +159,13 @@ def answer_controls(arguments, rows, device):
 def training_history(checkpoint):
     """What the trainer logged, from the newest `trainer_state.json` of a checkpoint's folder; empty without one."""
     folder = Path(checkpoint)
-    steps = sorted(
-        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
-    )
-    for path in [folder / "trainer_state.json", *reversed(steps)]:
+    steps = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name):
+            steps[int(match[1])] = path
+    for path in [folder / "trainer_state.json", *(steps[step] for step in sorted(steps, reverse=True))]:
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            return json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
     return []
 
 
@@ -213,11 +223,15 @@ def main(arguments):
         "max_new_tokens": arguments.max_new_tokens,
         "image budget": processor.image_budget,
     }
-    draw(arguments, diagnosis, model, processor, rows, found)
-    page = write_report(diagnosis, arguments.output_dir)
+    diagnosis |= {"pictures": {}, "left_out": []}
+    # Before the pictures, so that nothing is lost if one cannot be drawn.
+    write_report(diagnosis, arguments.output_dir)
     if arguments.update_card:
         update_card(Path(arguments.checkpoint) / "README.md", diagnosis)
-    print(f"{diagnosis['verdict']['word']}: {diagnosis['verdict']['paragraph']}\n\nTables and pictures: {page}")
+    print(f"{diagnosis['verdict']['word']}: {diagnosis['verdict']['paragraph']}")
+    draw(arguments, diagnosis, model, processor, rows, found)
+    page = write_report(diagnosis, arguments.output_dir)
+    print(f"\nTables and pictures: {page}")
     return diagnosis
 
 

@@ -14,7 +14,7 @@ from recipes import diagnose_amvl
 from trainer.demo import build_tiny_backbone
 from trainer.diagnostics.diagnose import ask_control, compare_control, diagnose
 from trainer.diagnostics.leakage import copying, divergence, norm_ratio
-from trainer.diagnostics.pictures import draw_kl_history
+from trainer.diagnostics.pictures import draw_kl_history, draw_relevance
 from trainer.diagnostics.questions import read_questions
 from trainer.diagnostics.relevance import movement, occlude, relevance_maps
 from trainer.diagnostics.structure import cosines, probe, relative_distance, typical_distance
@@ -97,6 +97,20 @@ def test_one_latent_for_all_rows_tells_nothing_of_any():
     assert found["changes"]["swapped"] is found["by_kind"] is found["sensitivity"]["image"] is None
 
 
+def test_latents_far_from_the_origin_are_told_apart():
+    model, processor = planted()
+    look = model._latents
+
+    def far(color, brightness):
+        found = look(color, brightness)
+        found.mean[..., 3] = 3000
+        return found
+
+    model._latents = far
+    found, _ = diagnose(model, processor, colored_rows(NUM_ROWS), max_new_tokens=1, num_sweep_rows=2)
+    assert found["verdict"]["word"] == USED, found["verdict"]
+
+
 def test_rows_that_cannot_be_answered_in_time_are_refused_before_the_model_runs():
     model, processor = planted()
     model.prior = None
@@ -115,12 +129,15 @@ def test_rows_that_cannot_be_answered_in_time_are_refused_before_the_model_runs(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def numbers(num_rows=500, own=0.5, constant=0.2, controls=None, copied=(0.3, 0.2), **given):
+def numbers(
+    num_rows=500, own=0.5, constant=0.2, controls=None, copied=(0.3, 0.2), flips=(0.3, 0.3), num_same=500, **given
+):
     """A model that uses its latents, but for what is given: (difference, low, high[, nats, low, high]) of an arm."""
 
     def arm(difference, low, high, *nats):
         nats = nats or (-0.5, -0.7, -0.3)
-        found = {"num_rows": num_rows, "accuracy": own + difference, "flip_rate": 0.3}
+        found = {"num_rows": num_rows, "num_groups": num_rows, "accuracy": own + difference}
+        found |= {"flip_rate": flips[0], "text_flip_rate": flips[1]}
         found |= {"difference": difference, "low": low, "high": high}
         return found | dict(zip(("log_prob", "log_prob_low", "log_prob_high"), nats))
 
@@ -128,6 +145,7 @@ def numbers(num_rows=500, own=0.5, constant=0.2, controls=None, copied=(0.3, 0.2
     names = ("own", "swapped", "swapped, same question", "shared mean", "zero", "latents off")
     changes = {name: arm(*given.get(name.replace(", ", "_").replace(" ", "_"), fall)) for name in names}
     changes["own"]["accuracy"] = own
+    changes["swapped, same question"]["num_groups"] = num_same
     rate, base_rate = copied
     return {
         "num_rows": num_rows,
@@ -135,6 +153,7 @@ def numbers(num_rows=500, own=0.5, constant=0.2, controls=None, copied=(0.3, 0.2
         "changes": changes,
         "controls": controls or {},
         "copying": {
+            "num_groups": num_rows,
             "rate": rate,
             "base_rate": base_rate,
             "difference": rate - base_rate,
@@ -154,7 +173,7 @@ NOTHING = (0.0, -0.01, 0.01, 0.0, -0.005, 0.005)
         ({"swapped": (-0.2, -0.4, 0.0)}, UNDECIDED, "neither shown nor excluded"),
         ({"swapped": NOTHING}, UNUSED, "A loss of 2 points is excluded."),
         ({"swapped": NOTHING, "zero": NOTHING}, UNUSED, "excluded."),
-        ({"swapped": NOTHING, "num_rows": 149}, UNDECIDED, "more questions than 149"),
+        ({"swapped": NOTHING, "num_rows": 149}, UNDECIDED, "more images than 149"),
         ({"swapped": NOTHING, "num_rows": 29}, UNDECIDED, "too few rows"),
         ({"num_rows": 29}, UNDECIDED, "too few rows"),
         ({"swapped": NOTHING, "own": 0.21}, UNDECIDED, "there is none to lose"),
@@ -165,7 +184,13 @@ NOTHING = (0.0, -0.01, 0.01, 0.0, -0.005, 0.005)
         ({"copied": (0.34, 0.2)}, USED, ""),
         ({"shared_mean": NOTHING}, BUT, "one tensor shared by all rows"),
         ({"latents_off": (0.1, 0.05, 0.15)}, BUT, "latents switched off"),
+        ({"copied": (0.9, 0.2), "num_rows": 29}, UNDECIDED, "too few rows"),
+        ({"flips": (0.01, 0.9)}, UNDECIDED, "Only the form of the reply moves"),
+        ({"flips": (0.01, 0.9), "swapped": (-0.01, -0.019, -0.001)}, UNDECIDED, "the exact form"),
+        ({"flips": (0.01, 0.01)}, USED, ""),
+        ({"swapped": NOTHING, "flips": (0.0, 0.9)}, UNUSED, "Only the form of the reply moves"),
         ({"swapped_same_question": NOTHING}, BUT, "tell images apart"),
+        ({"swapped_same_question": NOTHING, "num_same": 29}, USED, "left open: 29 images"),
         ({"controls": {"sft": {"accuracy": 0.6, "difference": 0.1, "low": 0.05, "high": 0.15}}}, BUT, "`sft` is better"),
         ({"controls": {"sft": {"accuracy": 0.5, "difference": 0, "low": -0.1, "high": 0.1}}}, BUT, "not shown to be worse"),
         ({"controls": {"sft": {"accuracy": 0.3, "difference": -0.2, "low": -0.3, "high": -0.1}}}, USED, ""),
@@ -174,6 +199,16 @@ NOTHING = (0.0, -0.01, 0.01, 0.0, -0.005, 0.005)
 def test_the_verdict_follows_from_the_intervals(given, word, says):
     verdict = decide(numbers(**given))
     assert verdict["word"] == word and says in verdict["paragraph"], verdict
+    compared = "sft" in given.get("controls", {})
+    assert compared != verdict["paragraph"].endswith("Not compared with same-data SFT.")
+
+
+def test_no_two_rows_to_swap_is_no_proof_where_their_mean_moves_the_answers():
+    given = numbers()
+    given["changes"]["swapped"] = None
+    assert decide(given)["word"] == UNDECIDED and "yet the mean of all" in decide(given)["paragraph"]
+    given["changes"]["shared mean"] |= {"text_flip_rate": 0, "log_prob_low": 0, "log_prob_high": 0}
+    assert decide(given)["word"] == UNUSED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +250,8 @@ def test_a_probe_reads_what_is_planted_on_rows_held_out_and_nothing_from_noise()
     assert (
         probe(remembered, of_photo)["accuracy"] > 0.95 > 0.7 > probe(remembered, of_photo, photo.tolist())["accuracy"]
     )
+    # An answer that one image has cannot be both learnt and held out.
+    assert probe(noise[:70], ["yes"] * 30 + ["no"] * 40, [0] * 30 + list(range(1, 41))) is None
     assert probe(noise, ["red"] * 240) is None and probe(noise[:20], [str(row) for row in range(20)]) is None
 
 
@@ -244,6 +281,8 @@ def test_relevance_lies_where_the_latents_look():
     latents = torch.tensor([[1.0], [3.0]])
     moved = movement(latents, torch.stack([latents, latents + 2, latents, latents]), torch.tensor([1.0, 4.0]))
     assert moved.tolist() == [[[0, 2], [0, 0]], [[0, 0.5], [0, 0]]]
+    moved = movement(latents, torch.stack([latents, latents + 2, latents, latents]), torch.tensor([1e-6, 4.0]))
+    assert moved.tolist() == [[[0, 0], [0, 0]], [[0, 0.5], [0, 0]]]  # the first slot is the same for all rows
 
     model, processor = planted()
     corner = slice(32, 48)
@@ -275,6 +314,11 @@ def test_the_kl_is_drawn_if_it_was_logged(tmp_path):
     history = [{"step": step, "forward_kl": 1.0 + step, "reverse_kl": 2.0} for step in range(3)]
     with Image.open(draw_kl_history(history, tmp_path / "kl.png")) as picture:
         assert picture.format == "PNG"
+
+
+def test_dollars_in_a_question_are_no_formula(tmp_path):
+    maps = [(Image.new("RGB", (20, 20)), torch.rand(2, 6, 6))]
+    assert draw_relevance(maps, [r"Is it $5 {or $6, or $x^2^3$?"], tmp_path / "relevance.png").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +356,28 @@ def test_the_card_carries_verdict_and_table_and_a_later_one_replaces_it(used, tm
     )
     with pytest.raises(ValueError, match="no card to update"):
         update_card(tmp_path / "absent.md", diagnosis)
+
+
+HEADING, START, END = "## Does it use its latents?", "<!-- diagnosis -->", "<!-- /diagnosis -->"
+NOT_MEASURED = "Not measured: this run had no evaluation split."
+
+
+def test_only_whole_lines_of_a_card_are_markers_and_headings(used, tmp_path):
+    path, diagnosis = tmp_path / "README.md", {**used, "settings": SETTINGS}
+    before, after = f"See `{HEADING}`; `{START}` and `{END}` mark it.\n\n", f"\n\n## More\n\n{NOT_MEASURED}\n"
+    path.write_text(f"{before}{HEADING}\n\n{NOT_MEASURED}{after}")
+    for _ in range(2):
+        update_card(path, diagnosis)
+        text = path.read_text()
+        assert text.startswith(f"{before}{HEADING}\n\n{START}\n**Verdict") and text.endswith(f"{END}{after}")
+        assert text.count(NOT_MEASURED) == 1
+    for markers in (f"{START}\n", f"{END}\n", f"{END}\n{START}\n"):
+        path.write_text(markers + "mine")
+        with pytest.raises(ValueError, match="once each, in this order"):
+            update_card(path, diagnosis)
+        assert path.read_text() == markers + "mine"
+        with pytest.raises(ValueError, match="once each, in this order"):
+            command(tmp_path, "photo_questions", "--update_card")  # before anything is spent
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +426,34 @@ def test_the_command_leaves_verdict_tables_pictures_and_card(checkpoint, tmp_pat
     assert f"**Verdict: {word}.** {paragraph}" in card and str(tmp_path) not in page + card
 
 
+def test_nothing_is_lost_where_drawing_fails(checkpoint, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(diagnose_amvl.pictures, "draw_changes", fail)
+    words = ("--max_rows", 10, "--num_sweep_rows", 2, "--max_new_tokens", 4, "--output_dir", tmp_path)
+    with pytest.raises(RuntimeError, match="no picture"):
+        diagnose_amvl.main(command(checkpoint / "amvl", "photo_questions", *words))
+    page = (tmp_path / "diagnosis.md").read_text()
+    assert "**Verdict:" in page and page.endswith("Not compared with same-data SFT.\n")
+    assert (tmp_path / "diagnosis.json").is_file()
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_spent(checkpoint, monkeypatch):
+    monkeypatch.setattr(diagnose_amvl.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="`matplotlib` is needed"):
+        command(checkpoint / "amvl", "photo_questions")
+
+
+def test_the_history_is_that_of_the_last_checkpoint(tmp_path):
+    for name, log in (("checkpoint-9", [{"step": 9}]), ("checkpoint-10", [{"step": 10}]), ("checkpoint-best", [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert diagnose_amvl.training_history(tmp_path) == [{"step": 10}]
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert diagnose_amvl.training_history(tmp_path) == []
+
+
 def test_a_stock_model_and_data_that_nobody_knows_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="stock model, `llava`, and has no latents"):
         diagnose_amvl.main(command(checkpoint / "stock", "photo_questions", "--output_dir", tmp_path))
@@ -369,6 +463,7 @@ def test_a_stock_model_and_data_that_nobody_knows_are_refused(checkpoint, tmp_pa
         (("--controls", "sft"), "`controls` has 'sft'"),
         (("--controls", "a=x", "a=y"), "a name of its own"),
         (("--max_rows", "1"), "`max_rows` must be at least 2, got 1"),
+        (("--seed", "-1"), "`seed` must be at least 0, got -1"),
         (("--dataset_format", "csv"), "`dataset_format` must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Interventions change Z as they say and nothing else, partners never share a Z, and a planted swap costs what it must."""
 
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -23,7 +24,7 @@ from trainer.diagnostics.interventions import (
     swapped,
     zero,
 )
-from trainer.diagnostics.questions import Question, is_right, read_questions, wrong_answers
+from trainer.diagnostics.questions import Question, is_right, read_options, read_questions, said, wrong_answers
 
 
 NUM_ROWS = 60
@@ -106,6 +107,10 @@ def test_latents_that_are_one_are_found_whatever_rounding_did_to_them():
     groups = same_latents(given, chunk=2)
     assert groups[3] == groups[0] and groups[5] == groups[1] and len(set(groups)) == 4
     assert len(set(same_latents(torch.ones(4, 2, 2)))) == 1
+    apart = latents(num_rows=6) + torch.tensor([3000.0, 0, 0, 0, 0])  # an offset that all rows share hides nothing
+    assert len(set(same_latents(apart))) == 6
+    chained = torch.linspace(0, 1, 2500)[:, None, None]  # each close to the next, the ends far apart
+    assert len(set(same_latents(chained))) > 500
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +142,19 @@ def test_options_of_lettered_rows_are_read_off_the_question():
     assert found.options == ["the second image", "the third image"] and found.letter == "B" and found.kind == "Jigsaw"
 
 
+def test_options_are_the_last_run_of_lines_in_order():
+    assert read_options("Is it (A) or (B)?\n(A) cat (black)\n(B) dog") == ["cat (black)", "dog"]
+    assert read_options("Which?\nA. cat\nB. dog\nC. cow") == ["cat", "dog", "cow"]
+    assert read_options("(A) one\n(B) two\n\n(A) three\n(B) four") == ["three", "four"]
+    assert read_options("(A) one\n(C) two") == read_options("(B) one\n(B) two") == []
+
+
+def test_what_is_said_is_free_of_its_form():
+    lettered, open_question = question("(B)", ["x", "y"]), question("red")
+    assert said("(B)", lettered) == said("B.", lettered) != said("(A)", lettered)
+    assert said("red", open_question) == said(" Red.", open_question) != said("blue", open_question)
+
+
 def test_a_wrong_answer_is_another_option_or_letter_or_answer_of_its_kind_and_never_right():
     colors = [question(color, COLORS) for color in list(COLORS) * 10]
     wrong = wrong_answers(colors)
@@ -165,6 +183,16 @@ def test_a_change_counts_rows_flips_and_nats_in_pairs():
     part = change(own, other, questions, kept=range(20, 30))
     assert (part.num_rows, part.difference, part.flip_rate) == (10, 0, 0)
     assert change(own, other, questions, kept=[]) is None
+    form = change(own, Answers([f"{text.title()}." for text in own.texts]), questions)
+    assert (form.flip_rate, form.text_flip_rate) == (0, 1)
+
+
+def test_rows_of_one_image_are_no_further_evidence():
+    questions, groups = [question("red")] * 10, list(range(10))
+    own, other = Answers(["red"] * 10), Answers(["red"] * 7 + ["blue"] * 3)
+    once = change(own, other, questions, groups=groups)
+    often = change(Answers(own.texts * 30), Answers(other.texts * 30), questions * 30, groups=groups * 30)
+    assert (often.num_rows, often.num_groups) == (300, 10) and (often.low, often.high) == (once.low, once.high)
 
 
 def test_a_swap_costs_everything_where_the_answer_is_the_latent_and_nothing_where_it_is_not_read():
@@ -197,7 +225,8 @@ def test_asking_gives_each_row_its_own_latents_in_any_batch():
     model, processor = planted()
     questions = read_questions(rows)
     read = read_latents(model, processor, rows, questions, batch_size=3)
-    assert len(set(read.images)) == 7 and read.num_images == [1] * 7
+    assert len(set(read.images)) == 7 and read.num_images == [1] * 7 and read.groups == read.images
+    assert replace(read, num_images=[1, 0, 0] + [1] * 4).groups[1:3] == ["row 1", "row 2"]
     torch.testing.assert_close(read.posterior[0], read.prior[0])
     colors = torch.tensor([0, 1, 2, 0, 2, 1, 1])
     written = torch.nn.functional.one_hot(colors, 4).float()[:, None].repeat(1, 2, 1)

@@ -31,6 +31,13 @@ class Latents:
     posterior: tuple | None = None
     wrong_posterior: tuple | None = None
 
+    @property
+    def groups(self):
+        """What is drawn together in a bootstrap: the image of each row, or the row where it has none."""
+        return [
+            image if number else f"row {row}" for row, (image, number) in enumerate(zip(self.images, self.num_images))
+        ]
+
 
 @dataclass
 class Answers:

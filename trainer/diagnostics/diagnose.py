@@ -83,7 +83,8 @@ def diagnose(model, processor, rows, controls=None, batch_size=64, seed=0, max_n
         "swapped": (partners != NO_PARTNER).nonzero()[:, 0].tolist(),
         "swapped, same question": (same_question != NO_PARTNER).nonzero()[:, 0].tolist(),
     }
-    changes = {name: change(own, answers[name], questions, kept.get(name), seed) for name in arms}
+    groups = read.groups
+    changes = {name: change(own, answers[name], questions, kept.get(name), seed, groups) for name in arms}
     changes = {name: None if found is None else asdict(found) for name, found in changes.items()}
     right = {name: [is_right(text, q) for text, q in zip(answers[name].texts, questions)] for name in arms}
     says_wrong = {
@@ -94,9 +95,10 @@ def diagnose(model, processor, rows, controls=None, batch_size=64, seed=0, max_n
         "num_rows": len(questions),
         "baselines": baselines(questions),
         "changes": changes,
-        "copying": copying(says_wrong["wrong posterior"], says_wrong["own"], seed),
+        "copying": copying(says_wrong["wrong posterior"], says_wrong["own"], seed, groups),
         "controls": {
-            name: compare_control(texts, right["own"], questions, seed) for name, texts in (controls or {}).items()
+            name: compare_control(texts, right["own"], questions, seed, groups)
+            for name, texts in (controls or {}).items()
         },
     }
     diagnosis = {
@@ -105,19 +107,17 @@ def diagnose(model, processor, rows, controls=None, batch_size=64, seed=0, max_n
         "num_unparsed": sum(
             q.letter is not None and read_letter(text, q) is None for text, q in zip(own.texts, questions)
         ),
-        "by_kind": by_kind(right, questions, kept["swapped"], seed),
+        "by_kind": by_kind(right, questions, kept["swapped"], seed, groups),
         "nll": {name: -float(answers[name].log_prob.mean()) for name in ("own", "posterior", "latents off")},
         "divergence": divergence(read.prior, read.posterior),
         "norm_ratio": embedded_norm_ratio(model, latents),
         "structure": structure(model, processor, rows, questions, latents, batch_size),
         "sensitivity": sensitivity(model, processor, rows, questions, read, partners, batch_size, seed),
         "probe": {
-            name: probe(part[0], [question.gold for question in questions], read.images, seed)
+            name: probe(part[0], [question.gold for question in questions], groups, seed)
             for name, part in (("prior", read.prior), ("posterior", read.posterior))
         },
-        "sweeps": sweeps(
-            model, processor, rows, questions, read.prior, num_sweep_rows, batch_size, max_new_tokens, seed
-        ),
+        "sweeps": sweeps(model, processor, rows, questions, read, num_sweep_rows, batch_size, max_new_tokens, seed),
         "num_latents": num_slots,
     }
     return diagnosis, {"questions": questions, "latents": latents, "partners": partners}
@@ -160,14 +160,14 @@ def interventions(latents, partners, same_question, seed=0):
     return arms
 
 
-def by_kind(right, questions, kept, seed):
+def by_kind(right, questions, kept, seed, groups):
     """What a swap costs by kind, on the rows that have a partner; `None` where none has."""
     if not kept:
         return None
     own, other, kinds = (
         [side[row] for row in kept] for side in (right["own"], right["swapped"], [q.kind for q in questions])
     )
-    return cost_by_kind(own, other, kinds, seed)
+    return cost_by_kind(own, other, kinds, seed, [groups[row] for row in kept])
 
 
 def ask_control(model, processor, rows, batch_size=64, max_new_tokens=16):
@@ -176,10 +176,10 @@ def ask_control(model, processor, rows, batch_size=64, max_new_tokens=16):
     return answer_questions(model, processor, rows, source, batch_size, max_new_tokens, description="Asking a control")
 
 
-def compare_control(texts, own_right, questions, seed=0):
+def compare_control(texts, own_right, questions, seed=0, groups=None):
     """A control's accuracy, and its difference from the model's own, paired."""
     right = [float(is_right(text, question)) for text, question in zip(texts, questions)]
-    difference, low, high = map(float, paired_bootstrap(np.asarray(own_right, dtype=float), right, seed=seed))
+    difference, low, high = map(float, paired_bootstrap(np.asarray(own_right, dtype=float), right, groups, seed=seed))
     return {"accuracy": float(np.mean(right)), "difference": difference, "low": low, "high": high}
 
 
@@ -250,7 +250,7 @@ def sensitivity(model, processor, rows, questions, read, partners, batch_size, s
     return found
 
 
-def sweeps(model, processor, rows, questions, prior, num_rows, batch_size, max_new_tokens, seed):
+def sweeps(model, processor, rows, questions, read, num_rows, batch_size, max_new_tokens, seed):
     """
     Accuracy over the temperature of the latents, and over the number of slots kept.
 
@@ -259,23 +259,23 @@ def sweeps(model, processor, rows, questions, prior, num_rows, batch_size, max_n
         `high` against the prior's mean in all slots; a temperature is a mean over noise seeds, row by row.
     """
     questions = questions[:num_rows]
-    mean, log_variance = (part[: len(questions)] for part in prior)
+    mean, log_variance = (part[: len(questions)] for part in read.prior)
     arms = {("own", 0): mean}
     for temperature in TEMPERATURES:
         for number in range(NUM_NOISE_SEEDS):
             generator = torch.Generator().manual_seed(seed + number)
             arms["temperature", temperature, number] = sample_latents(mean, log_variance, temperature, generator)
     for num_kept in range(mean.shape[1]):
-        arms["slots_kept", num_kept, 0] = first_slots(prior[0], num_kept)[: len(questions)]
+        arms["slots_kept", num_kept, 0] = first_slots(read.prior[0], num_kept)[: len(questions)]
     answers = ask(model, processor, rows, questions, arms, batch_size, max_new_tokens, with_log_prob=False)
     right = {
         arm: np.asarray([is_right(text, q) for text, q in zip(answers[arm].texts, questions)], dtype=float)
         for arm in arms
     }
-    own = right["own", 0]
+    own, groups = right["own", 0], read.groups[: len(questions)]
 
     def point(at, scores):
-        difference, low, high = map(float, paired_bootstrap(own, scores, seed=seed))
+        difference, low, high = map(float, paired_bootstrap(own, scores, groups, seed=seed))
         return {"at": at, "accuracy": float(scores.mean()), "difference": difference, "low": low, "high": high}
 
     return {

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ..evaluation.scores import paired_bootstrap
 from .asking import ask, read_latents
-from .questions import is_right, read_questions
+from .questions import is_right, read_questions, said
 
 
-SAME = 1e-3  # of the typical norm of Z: below this distance, two Z are one
+SAME = 1e-3  # of the typical distance of Z from its mean: below this distance, two Z are one
+ROUNDING = 16  # times the precision of Z, over its typical norm: a distance that rounding makes
 NO_PARTNER = -1
 
 
@@ -78,25 +77,29 @@ def swapped(latents, partners):
 
 def same_latents(latents, tolerance=SAME, chunk=512):
     """
-    Which rows have one and the same Z.
+    Which rows have one and the same Z: those close to the first of their group, whatever all rows have in common.
 
     Args:
         latents (`torch.Tensor`): `(N, K, Z)`.
-        tolerance (`float`, defaults to 1e-3): largest distance within a group, over the median norm of a row's Z.
+        tolerance (`float`, defaults to 1e-3): largest distance to the first row of a group, over the median distance of Z from the
+            mean over rows; a distance of the size of rounding is none in any case.
         chunk (`int`, defaults to 512): rows compared at a time.
 
     Returns:
         `numpy.ndarray`: `(N,)`, a group number per row.
     """
     flat = latents.flatten(1).double()
-    limit = tolerance * float(flat.norm(dim=1).median())
-    pairs = [
-        (torch.cdist(flat[start : start + chunk], flat) <= limit).nonzero() + torch.tensor([start, 0])
-        for start in range(0, len(flat), chunk)
-    ]
-    first, second = torch.cat(pairs).T.numpy()
-    graph = coo_matrix((np.ones(len(first), dtype=bool), (first, second)), shape=(len(flat), len(flat)))
-    return connected_components(graph, directed=False)[1]
+    centred = flat - flat.mean(0)
+    typical, norm = (float(side.norm(dim=1).median()) for side in (centred, flat))
+    limit = max(tolerance * typical, ROUNDING * torch.finfo(latents.dtype).eps * norm)
+    groups = torch.full((len(flat),), -1)
+    for start in range(0, len(flat), chunk):
+        near = torch.cdist(centred[start : start + chunk], centred) <= limit
+        for row, close in enumerate(near, start):
+            if groups[row] < 0:
+                groups[close & (groups < 0)] = row
+                groups[row] = row
+    return groups.numpy()
 
 
 def derange(labels, groups=None, seed=0):
@@ -142,24 +145,28 @@ class Change:
 
     Args:
         num_rows (`int`): rows compared.
+        num_groups (`int`): images among them; what intervals draw.
         accuracy (`float`): under the intervention, in 0..1.
         difference, low, high (`float`): of accuracy, intervention minus own Z.
-        flip_rate (`float`): share of answers that are another text.
+        flip_rate (`float`): share of answers that say something else, see [`~trainer.diagnostics.questions.said`].
+        text_flip_rate (`float`): share of answers that are another text, be it in form alone.
         log_prob, log_prob_low, log_prob_high (`float`): change of log p(gold), in nats per row.
     """
 
     num_rows: int
+    num_groups: int
     accuracy: float
     difference: float
     low: float
     high: float
     flip_rate: float
+    text_flip_rate: float
     log_prob: float | None = None
     log_prob_low: float | None = None
     log_prob_high: float | None = None
 
 
-def change(own, other, questions, kept=None, seed=0):
+def change(own, other, questions, kept=None, seed=0, groups=None):
     """
     Compares the answers under an intervention with those under the rows' own Z.
 
@@ -168,6 +175,7 @@ def change(own, other, questions, kept=None, seed=0):
         questions (`list[Question]`): of the rows.
         kept (`Sequence[int]`, *optional*): the rows that count, all by default.
         seed (`int`, defaults to 0): of the bootstrap.
+        groups (`list`, *optional*): rows of one group, of one image say, are drawn together.
 
     Returns:
         [`Change`], or `None` where no row counts.
@@ -175,19 +183,23 @@ def change(own, other, questions, kept=None, seed=0):
     kept = range(len(questions)) if kept is None else [int(row) for row in kept]
     if not len(kept):
         return None
+    groups = kept if groups is None else [groups[row] for row in kept]
     right = [[float(is_right(side.texts[row], questions[row])) for row in kept] for side in (own, other)]
-    difference, low, high = paired_bootstrap(*right, seed=seed)
+    difference, low, high = paired_bootstrap(*right, groups, seed=seed)
+    texts = [(own.texts[row], other.texts[row], questions[row]) for row in kept]
     found = Change(
         num_rows=len(kept),
+        num_groups=len(set(groups)),
         accuracy=float(np.mean(right[1])),
         difference=float(difference),
         low=float(low),
         high=float(high),
-        flip_rate=float(np.mean([own.texts[row] != other.texts[row] for row in kept])),
+        flip_rate=float(np.mean([said(one, question) != said(two, question) for one, two, question in texts])),
+        text_flip_rate=float(np.mean([one != two for one, two, _ in texts])),
     )
     if own.log_prob is not None and other.log_prob is not None:
         sides = [[float(side.log_prob[row]) for row in kept] for side in (own, other)]
-        bounds = paired_bootstrap(*sides, seed=seed)
+        bounds = paired_bootstrap(*sides, groups, seed=seed)
         found.log_prob, found.log_prob_low, found.log_prob_high = map(float, bounds)
     return found
 
@@ -208,7 +220,8 @@ def swap_cost(model, processor, rows, batch_size=64, seed=0, max_new_tokens=16):
         `num_without_partner`, rows that keep their own Z since more than half of all rows have that same Z.
     """
     questions = read_questions(rows)
-    latents = read_latents(model, processor, rows, questions, batch_size, posterior=False).prior[0]
+    read = read_latents(model, processor, rows, questions, batch_size, posterior=False)
+    latents = read.prior[0]
     partners = derange(same_latents(latents), seed=seed)
     arms = {"own": latents, "swapped": swapped(latents, partners)}
     answers = ask(model, processor, rows, questions, arms, batch_size, max_new_tokens, with_log_prob=False)
@@ -218,12 +231,12 @@ def swap_cost(model, processor, rows, batch_size=64, seed=0, max_new_tokens=16):
         "own_right": own,
         "swapped_right": other,
         "kinds": kinds,
-        "by_kind": cost_by_kind(own, other, kinds, seed),
+        "by_kind": cost_by_kind(own, other, kinds, seed, read.groups),
         "num_without_partner": int((partners == NO_PARTNER).sum()),
     }
 
 
-def cost_by_kind(own, other, kinds, seed=0):
+def cost_by_kind(own, other, kinds, seed=0, groups=None):
     """
     Accuracy under two choices of latents, for each kind and for `"all"` rows.
 
@@ -237,7 +250,8 @@ def cost_by_kind(own, other, kinds, seed=0):
     table = {}
     for kind, rows in places.items():
         pair = [[float(side[row]) for row in rows] for side in (own, other)]
-        difference, low, high = map(float, paired_bootstrap(*pair, seed=seed))
+        together = None if groups is None else [groups[row] for row in rows]
+        difference, low, high = map(float, paired_bootstrap(*pair, together, seed=seed))
         table[kind] = {
             "own": float(np.mean(pair[0])),
             "swapped": float(np.mean(pair[1])),

@@ -31,7 +31,7 @@ def divergence(prior, posterior):
     }
 
 
-def copying(says_wrong, says_wrong_anyway, seed=0):
+def copying(says_wrong, says_wrong_anyway, seed=0, groups=None):
     """
     How often the decoder says the wrong answer that the posterior has read: leakage, directly.
 
@@ -39,18 +39,20 @@ def copying(says_wrong, says_wrong_anyway, seed=0):
         says_wrong (`list[bool]`): with Z of the posterior that read a wrong answer, the decoder says that answer.
         says_wrong_anyway (`list[bool]`): it says that same answer with Z of the prior, which has read none.
         seed (`int`, defaults to 0): of the bootstrap.
+        groups (`list`, *optional*): rows of one group, of one image say, are drawn together.
 
     Returns:
-        `dict[str, float]`: `rate` and `base_rate` in 0..1; `difference` with `low` and `high`, 95%, paired.
+        `dict[str, float]`: `rate` and `base_rate` in 0..1; `difference` with `low` and `high`, 95%, paired; `num_groups`.
     """
     sides = [np.asarray(side, dtype=float) for side in (says_wrong_anyway, says_wrong)]
-    difference, low, high = map(float, paired_bootstrap(*sides, seed=seed))
+    difference, low, high = map(float, paired_bootstrap(*sides, groups, seed=seed))
     return {
         "rate": float(sides[1].mean()),
         "base_rate": float(sides[0].mean()),
         "difference": difference,
         "low": low,
         "high": high,
+        "num_groups": len(says_wrong if groups is None else set(groups)),
     }
 
 

@@ -101,7 +101,9 @@ def draw_relevance(maps, titles, path):
             axis.imshow(image if layer is None else image.convert("L"), extent=extent, cmap="gray")
             if layer is not None:
                 drawn = axis.imshow(layer.numpy(), extent=extent, cmap="inferno", vmin=0, vmax=top, alpha=0.65)
-            axis.set_title(_wrapped(title) if column == 0 else names[column] if line == 0 else "", fontsize=8)
+            axis.set_title(
+                _wrapped(title) if column == 0 else names[column] if line == 0 else "", fontsize=8, parse_math=False
+            )
             axis.set_xticks([])
             axis.set_yticks([])
     figure.colorbar(

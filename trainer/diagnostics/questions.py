@@ -10,7 +10,7 @@ from ..evaluation.reply import read_reply
 
 
 LETTERED = re.compile(r"\(?([A-Z])\)?\.?")
-OPTION = re.compile(r"\(([A-Z])\)\s*([^\n(]+)")
+OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.)])[ \t]*(\S.*)$", re.M)
 IMAGE_COLUMNS = ("images", "image")
 NUM_LETTERS = 4  # of a question whose options stand in the picture
 
@@ -71,9 +71,24 @@ def _question(row, name):
     gold = gold.strip()
     options = list(row.get("choices") or [])
     if not options and (match := LETTERED.fullmatch(gold)):
-        found = OPTION.findall(text)
-        options = [option.strip() for _, option in found] if match[1] in dict(found) else []
+        found = read_options(text)
+        options = found if match[1] in string.ascii_uppercase[: len(found)] else []
     return Question(prompt, completion, text, gold, options, str(row.get("kind") or row.get("source") or "all"))
+
+
+def read_options(text):
+    """The last run of lines "(A) ...", "(B) ..." or "A. ...", "B. ..." of a question, in order from A; empty where there is none."""
+    runs = []
+    for match in OPTION.finditer(text):
+        letter, option = match[1] or match[2], match[3].strip()
+        if letter == "A":
+            runs.append([option])
+        elif runs and letter == string.ascii_uppercase[len(runs[-1]) :][:1]:
+            runs[-1].append(option)
+        else:
+            runs.append([])  # out of order: the run before it has ended
+    runs = [run for run in runs if len(run) > 1]
+    return runs[-1] if runs else []
 
 
 def is_right(answer, question):
@@ -87,6 +102,12 @@ def is_right(answer, question):
 def read_letter(answer, question):
     """The letter that the answer to a lettered question gives, `None` where none can be read."""
     return read_reply(answer, question.options or None, NUM_LETTERS)
+
+
+def said(answer, question):
+    """What an answer says whatever its form: its letter, otherwise its words in one case and without marks at the end."""
+    letter = None if question.letter is None else read_letter(answer, question)
+    return letter or answer.casefold().strip().rstrip(".,;:!? ")
 
 
 def wrong_answers(questions, seed=0):

@@ -11,6 +11,7 @@ from .asking import batches, evaluating
 
 
 NUM_CELLS = 6  # along each side of a picture
+CONSTANT = 1e-3  # of the distance that the slot which differs most has: below it, a slot is the same for all rows
 
 
 def occlude(image, num_cells=NUM_CELLS):
@@ -53,9 +54,10 @@ def movement(latents, occluded, typical):
         typical (`torch.Tensor`): `(K,)`, mean distance of the slot between rows.
 
     Returns:
-        `torch.Tensor`: `(K, G, G)`, 1 where it moves as far as another row's Z is.
+        `torch.Tensor`: `(K, G, G)`, 1 where it moves as far as another row's Z is; 0 in a slot that is the same for all rows.
     """
-    moved = (occluded - latents).norm(dim=-1) / typical  # (G * G, K)
+    moved = (occluded - latents).norm(dim=-1) / typical.clamp(min=1e-12)  # (G * G, K)
+    moved[:, typical <= CONSTANT * typical.max()] = 0
     size = round(len(occluded) ** 0.5)
     return moved.T.reshape(-1, size, size)
 
@@ -75,7 +77,7 @@ def relevance_maps(model, processor, rows, questions, chosen, latents, partners,
         `list[tuple[PIL.Image.Image, torch.Tensor]]`: image and map `(K, G, G)` of each.
     """
     paired = partners >= 0
-    typical = (latents[paired] - latents[partners[paired]]).norm(dim=-1).mean(0).clamp(min=1e-12)  # (K,)
+    typical = (latents[paired] - latents[partners[paired]]).norm(dim=-1).mean(0)  # (K,)
     maps = []
     for index in chosen:
         first, *others = rows[index]["images"]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from model_cards import render_diagnosis
 
+from .verdict import NOT_COMPARED, SFT
+
 
 def write_report(diagnosis, output_dir):
     """
@@ -38,6 +40,7 @@ def render_page(diagnosis):
         _reading(diagnosis),
         *(f"![{name}]({file})" for name, file in diagnosis["pictures"].items()),
         *diagnosis["left_out"],
+        "" if SFT in diagnosis["controls"] else NOT_COMPARED,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -101,7 +104,7 @@ def _reading(diagnosis):
         rows.append([f"Z moves under another {name}, 1 = as far as another row's Z", value])
     for name, found in diagnosis["probe"].items():
         value = (
-            "too few rows per answer"
+            "no two answers with enough images each"
             if found is None
             else f"{_percent(found['accuracy'])} (most frequent answer {_percent(found['majority'])}, chance "
             f"{_percent(found['chance'])}, {found['num_labels']} answers, {found['num_rows']} rows)"

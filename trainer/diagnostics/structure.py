@@ -10,7 +10,7 @@ import torch
 
 
 NUM_FOLDS = 5
-MIN_ROWS_OF_AN_ANSWER = 10  # rarer answers are left out of the probe
+MIN_GROUPS_OF_AN_ANSWER = 2 * NUM_FOLDS  # rarer answers are left out of the probe
 
 
 def cosines(vectors):
@@ -75,29 +75,31 @@ def probe(latents, labels, groups=None, seed=0):
 
     Args:
         latents (`torch.Tensor`): `(N, K, D)`.
-        labels (`list[str]`): the answer of each row; answers of fewer than ten rows are left out.
-        groups (`list`, *optional*): rows of one group, of one image say, are never on both sides.
+        labels (`list[str]`): the answer of each row; answers of fewer than ten groups are left out.
+        groups (`list`, *optional*): rows of one group, of one image say, are never on both sides. Each row by default.
         seed (`int`, defaults to 0): of the five folds.
 
     Returns:
         `dict` or `None`: `accuracy`, `majority` (the most frequent answer) and `chance` (one over the number of answers) in 0..1,
-        `num_rows`, `num_labels`; `None` where fewer than two answers are left, or too few groups.
+        `num_rows`, `num_labels`; `None` where fewer than two answers are left.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    counts = Counter(labels)
-    kept = [row for row, label in enumerate(labels) if counts[label] >= MIN_ROWS_OF_AN_ANSWER]
     groups = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    counts = Counter(label for label, _ in set(zip(labels, groups.tolist())))
+    kept = [row for row, label in enumerate(labels) if counts[label] >= MIN_GROUPS_OF_AN_ANSWER]
     targets = np.asarray([labels[row] for row in kept])
-    if len(set(targets)) < 2 or len(set(groups[kept])) < NUM_FOLDS:
+    if len(set(targets)) < 2:
         return None
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
-    folds = GroupKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     features = latents.flatten(1).double().numpy()[kept]
-    predicted = cross_val_predict(classifier, features, targets, cv=folds, groups=groups[kept])
+    folds = list(GroupKFold(NUM_FOLDS, shuffle=True, random_state=seed).split(features, targets, groups[kept]))
+    if any(len(set(targets[train])) < 2 for train, _ in folds):
+        return None
+    predicted = cross_val_predict(classifier, features, targets, cv=folds)
     return {
         "accuracy": float((predicted == targets).mean()),
         "majority": max(Counter(targets).values()) / len(targets),
