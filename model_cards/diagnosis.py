@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from .markdown import cell, percent, points
+
 
 START, END = "<!-- diagnosis -->", "<!-- /diagnosis -->"
 HEADING = "## Does it use its latents?"
@@ -29,7 +31,7 @@ def render_diagnosis(diagnosis):
     lines = [
         f"**Verdict: {verdict['word']}.** {verdict['paragraph']}",
         "",
-        f"{changes['own']['num_rows']} questions of {_cell(settings['data'])}, greedy, latents at temperature 0, seed {settings['seed']}; against each "
+        f"{changes['own']['num_rows']} questions of {cell(settings['data'])}, greedy, latents at temperature 0, seed {settings['seed']}; against each "
         "row's own Z with all else fixed, with 95% intervals (bootstrap, paired).",
         "",
         "| latents | rows | accuracy | change, points | other answers / other texts | change of log p(gold), nats |",
@@ -40,11 +42,11 @@ def render_diagnosis(diagnosis):
         if found is None:
             lines.append(f"| {label} | 0 | | no two rows to exchange | | |")
         elif name == "own":
-            lines.append(f"| own Z | {found['num_rows']} | {_percent(found['accuracy'])} | | | |")
+            lines.append(f"| own Z | {found['num_rows']} | {percent(found['accuracy'])} | | | |")
         else:
             lines.append(
-                f"| {label} | {found['num_rows']} | {_percent(found['accuracy'])} | {_points(found)} | {_percent(found['flip_rate'])} / "
-                f"{_percent(found['text_flip_rate'])} | "
+                f"| {label} | {found['num_rows']} | {percent(found['accuracy'])} | {points(found)} | {percent(found['flip_rate'])} / "
+                f"{percent(found['text_flip_rate'])} | "
                 f"{found['log_prob']:+.3f} ({found['log_prob_low']:+.3f} to {found['log_prob_high']:+.3f}) |"
             )
     lines += [
@@ -99,15 +101,3 @@ def check_card(path):
 def marked(diagnosis):
     """The section between its markers."""
     return f"{START}\n{render_diagnosis(diagnosis)}\n{END}"
-
-
-def _percent(value):
-    return f"{100 * value:.1f}%"
-
-
-def _points(found):
-    return f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
-
-
-def _cell(text):
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from .diagnosis import marked
+from .markdown import cell
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -67,7 +68,7 @@ def render_card(
         evaluation=evaluation,
         settings=settings,
         diagnosis=marked(diagnosis) if diagnosis else None,
-        data_licences=[_cell(line) for line in (data_licences or "").splitlines() if line.strip()],
+        data_licences=[cell(line) for line in (data_licences or "").splitlines() if line.strip()],
         versions={name: version(name) for name in VERSIONED_PACKAGES},
     )
 
@@ -90,9 +91,9 @@ def render_dataset_card(name, reports, settings, repository=None):
         for source, values in report["sources"].items():
             share = values["rows"] / max(report["total"]["rows"], 1)
             licences[values["licence"]] = None
-            row = {"split": split, "source": _cell(source), "licence": _cell(values["licence"])}
+            row = {"split": split, "source": cell(source), "licence": cell(values["licence"])}
             rows.append({**row, "rows": values["rows"], "share": share})
-            dropped += [{**row, "reason": _cell(k), "rows": v["rows"]} for k, v in values["dropped"].items()]
+            dropped += [{**row, "reason": cell(k), "rows": v["rows"]} for k, v in values["dropped"].items()]
     only = next(iter(licences)) if len(licences) == 1 else None
     has_spdx_name = only is not None and " " not in only
     card_data = DatasetCardData(
@@ -129,8 +130,3 @@ def render_dataset_card(name, reports, settings, repository=None):
 
 
 BUDGET_ENDS = (("min_pixels", "least"), ("max_pixels", "most"))
-
-
-def _cell(text):
-    """A text that cannot break a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -185,8 +186,8 @@ def draw(arguments, diagnosis, model, processor, rows, found):
         left_out.append("No KL over training: the checkpoint's folder has no `trainer_state.json` that logs it.")
     else:
         drawn["KL over training"] = history
-    images = rows.column_names
-    chosen = [row for row in range(len(rows)) if rows[row]["images"]][:NUM_DRAWN] if "images" in images else []
+    with_images = (row for row in range(len(rows)) if rows[row]["images"]) if "images" in rows.column_names else ()
+    chosen = list(islice(with_images, NUM_DRAWN))  # looks at no row more, since that decodes it
     if chosen and bool((found["partners"] >= 0).any()):
         maps = relevance_maps(model, processor, rows, found["questions"], chosen, found["latents"], found["partners"])
         titles = [found["questions"][row].text for row in chosen]

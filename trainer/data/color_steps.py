@@ -5,21 +5,33 @@ it; the eight form one ring. `Where is red?` takes one look, `1 step from red?` 
 three that build on one another. Questions are as terse as that to keep sequences short.
 """
 
-import io
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw
 
-from .photo_questions import COLORS, DIRECTIONS, FEATURES, GRID, PLACES, PREPOSITIONS, SHAPES
+from .photo_questions import (
+    COLORS,
+    DIRECTIONS,
+    FEATURES,
+    GRID,
+    PLACES,
+    PREPOSITIONS,
+    SHAPES,
+    SPLITS,
+    Puzzle,
+    check_arguments,
+    draw_shape,
+    random_box,
+    random_crop,
+    to_row,
+)
 from .photos import load_photos, split_photos
 
 
 ALL_COLORS = {**COLORS, "orange": (255, 130, 0), "white": (250, 250, 250)}  # sRGB, 8 bits
 IMAGE_SIZE = 72  # pixels: 24 for each cell of the grid
-SPLITS = ("train", "held_out")
 CAPTIONS = ("list_colors", "list_insides", "list_shapes", "walk")  # many looks, one for each word of the answer
 ONE_LOOK = ("color", "shape", "counting", "location", "neighbor_color", "1_step")
 MULTI_HOP = ("2_steps", "3_steps", "4_steps")
@@ -104,38 +116,17 @@ def choices_of(kind):
 
 
 def draw_shapes(rng, canvas, shapes):
-    """Draws shapes with their cores onto a picture, black-edged and without smoothing, each somewhere in its cell."""
-    draw, cell = ImageDraw.Draw(canvas), canvas.width // GRID
+    """Draws shapes with their cores onto a picture, each somewhere in its cell."""
+    draw = ImageDraw.Draw(canvas)
     for shape in shapes:
-        size = int(rng.integers(round(0.8 * cell), round(0.95 * cell) + 1))
-        x = shape.cell[1] * cell + int(rng.integers(0, cell - size + 1))
-        y = shape.cell[0] * cell + int(rng.integers(0, cell - size + 1))
-        right, bottom = x + size - 1, y + size - 1
-        style = {"fill": ALL_COLORS[shape.color], "outline": (0, 0, 0)}
-        center = (y + bottom) / 2
-        if shape.outline == "circle":
-            draw.ellipse((x, y, right, bottom), **style)
-        elif shape.outline == "square":
-            draw.rectangle((x, y, right, bottom), **style)
-        elif shape.outline == "triangle":
-            draw.polygon([((x + right) // 2, y), (right, bottom), (x, bottom)], **style)
-            center = y + 0.66 * size  # where a triangle is wide enough
-        else:
-            third = size // 3
-            xs, ys = (x, x + third, right - third, right), (y, y + third, bottom - third, bottom)
-            corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
-            draw.polygon([(xs[i], ys[j]) for i, j in corners], **style)
-        radius, middle = 0.19 * size, (x + right) / 2
-        box = (middle - radius, center - radius, middle + radius, center + radius)
-        draw.ellipse(box, fill=ALL_COLORS[shape.core], outline=(0, 0, 0))
-
-
-def _background(rng, photo, size):
-    """A random square of a photograph, mirrored half of the time."""
-    side = rng.uniform(0.4, 1.0) * min(photo.size)
-    left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop.copy()
+        box = random_box(rng, canvas.width // GRID, *shape.cell, 0.8, 0.95)
+        draw_shape(draw, shape.outline, box, ALL_COLORS[shape.color])
+        left, top, right, bottom = box
+        size, middle = right - left + 1, (left + right) / 2
+        center = top + 0.66 * size if shape.outline == "triangle" else (top + bottom) / 2  # where it is wide enough
+        radius = 0.19 * size
+        core = (middle - radius, center - radius, middle + radius, center + radius)
+        draw_shape(draw, "circle", core, ALL_COLORS[shape.core])
 
 
 def build_color_steps(
@@ -180,34 +171,22 @@ def build_color_steps(
         ValueError: an argument out of range, or `image_dir` is unusable, see [`load_photos`].
     """
     kinds = tuple(kinds)
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"`kinds` must name some of {list(KINDS)}, got {list(kinds)}.")
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {list(SPLITS)}, got {split!r}.")
-    if num_rows < 1:
-        raise ValueError(f"`num_rows` must be at least 1, got {num_rows}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must be zero or more, got {seed}.")
-    if image_size < 48 or image_size % GRID:
-        raise ValueError(f"`image_size` must be a multiple of {GRID}, at least 48, got {image_size}.")
+    check_arguments(kinds, KINDS, split, num_rows, seed, image_size)
     photos = load_photos(image_dir)
     names = sorted(split_photos(photos, split_seed)[split])
     if not names:
         raise ValueError(f"`image_dir` leaves no photograph for {split!r}: add some.")
-    columns = defaultdict(list)
+    rows = []
     for index in range(num_rows):
         turn, position = divmod(index, len(kinds))
-        row = _row(kinds[position], turn, photos, names, image_size, (seed, SPLITS.index(split), index))
-        for name, value in row.items():
-            columns[name].append(value)
-    return datasets.Dataset.from_dict(dict(columns), features=FEATURES)
+        rng = np.random.default_rng((seed, SPLITS.index(split), index))
+        rows.append(_row(rng, kinds[position], turn, photos, names, image_size))
+    return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
-def _row(kind, turn, photos, names, image_size, seed) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
+def _row(rng, kind, turn, photos, names, image_size):
     photo = names[rng.integers(len(names))]
-    canvas = _background(rng, photos[photo], image_size)
+    canvas = random_crop(rng, photos[photo], image_size)
     color = list(ALL_COLORS)[turn % NUM_TURNS]
     if kind == "counting":
         count = turn % 5
@@ -218,14 +197,4 @@ def _row(kind, turn, photos, names, image_size, seed) -> dict[str, Any]:
         start = next(shape for shape in shapes if shape.color == color)
         question, answer = _question(kind, shapes, start, rng)
     draw_shapes(rng, canvas, shapes)
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", compress_level=1)
-    user = [{"type": "image", "text": None}, {"type": "text", "text": question}]
-    return {
-        "images": [{"bytes": buffer.getvalue(), "path": None}],
-        "prompt": [{"role": "user", "content": user}],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
-        "kind": kind,
-        "photo": photo,
-        "choices": choices_of(kind),
-    }
+    return to_row(Puzzle(canvas, question, photo, answer), kind, choices_of(kind))

@@ -68,7 +68,7 @@ class Puzzle(NamedTuple):
 
 
 class _Photos:
-    """The photographs of one side of the split, and random square crops of them."""
+    """The photographs of one side of the split."""
 
     def __init__(self, photos: dict[str, Image.Image]):
         self.photos = photos
@@ -77,13 +77,13 @@ class _Photos:
     def choose(self, rng: np.random.Generator, count: int) -> list[str]:
         return [self.names[i] for i in rng.permutation(len(self.names))[:count]]
 
-    def crop(self, rng: np.random.Generator, name: str, size: int, low: float = 0.4, high: float = 1.0) -> Image.Image:
-        """A random square whose side is `low` to `high` of the photograph's shorter side, mirrored half of the time."""
-        photo = self.photos[name]
-        side = rng.uniform(low, high) * min(photo.size)
-        left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
-        crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-        return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
+
+def random_crop(rng: np.random.Generator, photo: Image.Image, size: int, low: float = 0.4, high: float = 1.0):
+    """A random square whose side is `low` to `high` of a photograph's shorter side, mirrored half of the time."""
+    side = rng.uniform(low, high) * min(photo.size)
+    left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
 
 
 # ------------------------------------------------------------------------------
@@ -91,27 +91,37 @@ class _Photos:
 # ------------------------------------------------------------------------------
 
 
+def random_box(rng: np.random.Generator, cell: int, row: int, column: int, low: float, high: float):
+    """A square somewhere within a cell of `cell` pixels, its side `low` to `high` of it: left, top, right, bottom."""
+    size = int(rng.integers(round(low * cell), round(high * cell) + 1))
+    x = column * cell + int(rng.integers(0, cell - size + 1))
+    y = row * cell + int(rng.integers(0, cell - size + 1))
+    return x, y, x + size - 1, y + size - 1
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, int], color: tuple[int, int, int]):
+    """Draws a shape that fills a square, black-edged and without smoothing: its colour stays exact."""
+    x, y, right, bottom = box
+    style = {"fill": color, "outline": (0, 0, 0)}
+    if shape == "circle":
+        draw.ellipse(box, **style)
+    elif shape == "square":
+        draw.rectangle(box, **style)
+    elif shape == "triangle":
+        draw.polygon([((x + right) // 2, y), (right, bottom), (x, bottom)], **style)
+    else:
+        third = (right - x + 1) // 3
+        xs, ys = (x, x + third, right - third, right), (y, y + third, bottom - third, bottom)
+        corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+        draw.polygon([(xs[i], ys[j]) for i, j in corners], **style)
+
+
 def _paste(rng: np.random.Generator, canvas: Image.Image, objects: Sequence[PastedObject]) -> None:
-    """Draws each object, black-edged and without smoothing (its colour stays exact), somewhere within its cell."""
+    """Draws each object somewhere within its cell."""
     draw = ImageDraw.Draw(canvas)
-    cell = canvas.width // GRID
     for item in objects:
-        size = int(rng.integers(round(0.75 * cell), round(0.95 * cell) + 1))
-        x = item.column * cell + int(rng.integers(0, cell - size + 1))
-        y = item.row * cell + int(rng.integers(0, cell - size + 1))
-        right, bottom = x + size - 1, y + size - 1
-        style = {"fill": COLORS[item.color], "outline": (0, 0, 0)}
-        if item.shape == "circle":
-            draw.ellipse((x, y, right, bottom), **style)
-        elif item.shape == "square":
-            draw.rectangle((x, y, right, bottom), **style)
-        elif item.shape == "triangle":
-            draw.polygon([((x + right) // 2, y), (right, bottom), (x, bottom)], **style)
-        else:
-            third = size // 3
-            xs, ys = (x, x + third, right - third, right), (y, y + third, bottom - third, bottom)
-            corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
-            draw.polygon([(xs[i], ys[j]) for i, j in corners], **style)
+        box = random_box(rng, canvas.width // GRID, item.row, item.column, 0.75, 0.95)
+        draw_shape(draw, item.shape, box, COLORS[item.color])
 
 
 def _scene(
@@ -123,7 +133,7 @@ def _scene(
     answer: str,
 ) -> Puzzle:
     (photo,) = photos.choose(rng, 1)
-    canvas = photos.crop(rng, photo, size)
+    canvas = random_crop(rng, photos.photos[photo], size)
     _paste(rng, canvas, objects)
     return Puzzle(canvas, question, photo, answer)
 
@@ -186,10 +196,10 @@ def _neighbor_color(rng: np.random.Generator, photos: _Photos, size: int, answer
 
 def _odd_corner(rng: np.random.Generator, photos: _Photos, size: int, answer: str) -> Puzzle:
     photo, foreign = photos.choose(rng, 2)
-    canvas = photos.crop(rng, photo, size, low=0.5)
+    canvas = random_crop(rng, photos.photos[photo], size, low=0.5)
     half = size // 2
     row, column = CORNERS[answer]
-    canvas.paste(photos.crop(rng, foreign, half, low=0.25, high=0.5), (column * half, row * half))
+    canvas.paste(random_crop(rng, photos.photos[foreign], half, low=0.25, high=0.5), (column * half, row * half))
     return Puzzle(canvas, QUESTIONS["odd_corner"], photo, answer)
 
 
@@ -221,10 +231,36 @@ FEATURES = datasets.Features(
 )
 
 
-def _encode(canvas: Image.Image) -> bytes:
+def to_row(puzzle: Puzzle, kind: str, choices: Sequence[str]) -> dict[str, Any]:
+    """A puzzle in the columns of `FEATURES`."""
     buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+    puzzle.canvas.save(buffer, format="PNG", compress_level=1)
+    user = [{"type": "image", "text": None}, {"type": "text", "text": puzzle.question}]
+    return {
+        "images": [{"bytes": buffer.getvalue(), "path": None}],
+        "prompt": [{"role": "user", "content": user}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": puzzle.answer}]}],
+        "kind": kind,
+        "photo": puzzle.photo,
+        "choices": list(choices),
+    }
+
+
+def check_arguments(kinds, known, split, num_rows, seed, image_size):
+    """Refuses what no questions can be built from; `known` are the kinds that there are."""
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` must name some of {list(known)}, but got {list(kinds)}.")
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {list(SPLITS)}, but got '{split}'.")
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, but got {num_rows}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be zero or more, but got {seed}.")
+    if image_size < MIN_IMAGE_SIZE or image_size % GRID:
+        raise ValueError(
+            f"`image_size` must be a multiple of {GRID}, at least {MIN_IMAGE_SIZE}, but got {image_size}."
+        )
 
 
 def build_photo_questions(
@@ -276,20 +312,7 @@ def build_photo_questions(
             photographs for the kinds asked for.
     """
     kinds = tuple(KINDS if kinds is None else kinds)
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"`kinds` must name some of {list(KINDS)}, but got {list(kinds)}.")
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {list(SPLITS)}, but got '{split}'.")
-    if num_rows < 1:
-        raise ValueError(f"`num_rows` must be at least 1, but got {num_rows}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must be zero or more, but got {seed}.")
-    if image_size < MIN_IMAGE_SIZE or image_size % GRID:
-        raise ValueError(
-            f"`image_size` must be a multiple of {GRID}, at least {MIN_IMAGE_SIZE}, but got {image_size}."
-        )
-
+    check_arguments(kinds, KINDS, split, num_rows, seed, image_size)
     photos = load_photos(image_dir)
     names = split_photos(photos, split_seed)
     needed = max(KINDS[kind].num_photos for kind in kinds)
@@ -301,22 +324,14 @@ def build_photo_questions(
         )
 
     side = _Photos({name: photos[name] for name in names[split]})
-    columns = defaultdict(list)
+    rows = []
     for index in range(num_rows):
         turn, position = divmod(index, len(kinds))
         kind = kinds[position]
         choices = KINDS[kind].choices
-        answer = choices[turn % len(choices)]
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
-        puzzle = KINDS[kind].make(rng, side, image_size, answer)
-        user = [{"type": "image", "text": None}, {"type": "text", "text": puzzle.question}]
-        columns["images"].append([{"bytes": _encode(puzzle.canvas), "path": None}])
-        columns["prompt"].append([{"role": "user", "content": user}])
-        columns["completion"].append([{"role": "assistant", "content": [{"type": "text", "text": puzzle.answer}]}])
-        columns["kind"].append(kind)
-        columns["photo"].append(puzzle.photo)
-        columns["choices"].append(list(choices))
-    return datasets.Dataset.from_dict(dict(columns), features=FEATURES)
+        rows.append(to_row(KINDS[kind].make(rng, side, image_size, choices[turn % len(choices)]), kind, choices))
+    return datasets.Dataset.from_list(rows, features=FEATURES)
 
 
 def question_words() -> list[str]:

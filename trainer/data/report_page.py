@@ -103,6 +103,35 @@ def render_page(report, title):
     return _page(report, report.to_dict(), title)
 
 
+def html_page(title, body, style=""):
+    """
+    A page without scripts, that loads nothing.
+
+    Args:
+        title (`str`): not escaped yet.
+        body (`str`): what follows the title, with everything from the data escaped.
+        style (`str`, *optional*): CSS behind the one that all pages share.
+
+    Returns:
+        `str`: HTML.
+    """
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>{STYLE}{style}</style>
+</head>
+<body>
+<h1>{_text(title)}</h1>
+{body}
+</body>
+</html>
+"""
+
+
 def _page(report, values, title):
     settings = "; ".join(f"{name} {_text(value)}" for name, value in values["settings"].items() if value is not None)
     unread = ", ".join(_text(name) for name in report.licences if name not in values["sources"])
@@ -111,25 +140,12 @@ def _page(report, values, title):
         _section(number, name, source, sources[name].shown)
         for number, (name, source) in enumerate(values["sources"].items())
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{_text(title)}</h1>
-{_sum(values["total"])}
+    body = f"""{_sum(values["total"])}
 {f'<p class="quiet">Settings: {settings}</p>' if settings else ""}
 {f'<p class="alarm">Nothing has been read of: {unread}</p>' if unread else ""}
 {_table(values) if sections else '<p class="alarm">Nothing has been read.</p>'}
-{"".join(sections)}
-</body>
-</html>
-"""
+{"".join(sections)}"""
+    return html_page(title, body)
 
 
 def _sum(counts):

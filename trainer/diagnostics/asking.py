@@ -4,13 +4,13 @@ Shapes: N rows, B batch, K latent slots, Z latent size.
 """
 
 import hashlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
 from ..collator import AMVLDataCollator
+from ..evaluation.answering import evaluating
 
 
 @dataclass
@@ -51,18 +51,6 @@ class Answers:
 
     texts: list
     log_prob: torch.Tensor | None = None
-
-
-@contextmanager
-def evaluating(model):
-    """In evaluation mode, without gradients; the training mode comes back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def batches(model, processor, rows, questions, batch_size, description, image_from=None):

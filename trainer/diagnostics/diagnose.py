@@ -12,7 +12,7 @@ import torch
 from modeling_amvl.latents_amvl import sample_latents
 
 from ..evaluation import answer_questions
-from ..evaluation.scores import paired_bootstrap
+from ..evaluation.scores import paired_difference
 from .asking import ask, read_latents, read_token_states
 from .interventions import (
     NO_PARTNER,
@@ -179,8 +179,7 @@ def ask_control(model, processor, rows, batch_size=64, max_new_tokens=16):
 def compare_control(texts, own_right, questions, seed=0, groups=None):
     """A control's accuracy, and its difference from the model's own, paired."""
     right = [float(is_right(text, question)) for text, question in zip(texts, questions)]
-    difference, low, high = map(float, paired_bootstrap(np.asarray(own_right, dtype=float), right, groups, seed=seed))
-    return {"accuracy": float(np.mean(right)), "difference": difference, "low": low, "high": high}
+    return {"accuracy": float(np.mean(right)), **paired_difference(own_right, right, groups, seed)}
 
 
 def baselines(questions):
@@ -275,8 +274,7 @@ def sweeps(model, processor, rows, questions, read, num_rows, batch_size, max_ne
     own, groups = right["own", 0], read.groups[: len(questions)]
 
     def point(at, scores):
-        difference, low, high = map(float, paired_bootstrap(own, scores, groups, seed=seed))
-        return {"at": at, "accuracy": float(scores.mean()), "difference": difference, "low": low, "high": high}
+        return {"at": at, "accuracy": float(scores.mean()), **paired_difference(own, scores, groups, seed)}
 
     return {
         "num_rows": len(questions),

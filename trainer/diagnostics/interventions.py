@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..evaluation.scores import paired_bootstrap
+from ..evaluation.scores import paired_bootstrap, paired_difference
 from .asking import ask, read_latents
 from .questions import is_right, read_questions, said
 
@@ -185,22 +185,18 @@ def change(own, other, questions, kept=None, seed=0, groups=None):
         return None
     groups = kept if groups is None else [groups[row] for row in kept]
     right = [[float(is_right(side.texts[row], questions[row])) for row in kept] for side in (own, other)]
-    difference, low, high = paired_bootstrap(*right, groups, seed=seed)
     texts = [(own.texts[row], other.texts[row], questions[row]) for row in kept]
     found = Change(
         num_rows=len(kept),
         num_groups=len(set(groups)),
         accuracy=float(np.mean(right[1])),
-        difference=float(difference),
-        low=float(low),
-        high=float(high),
+        **paired_difference(*right, groups, seed),
         flip_rate=float(np.mean([said(one, question) != said(two, question) for one, two, question in texts])),
         text_flip_rate=float(np.mean([one != two for one, two, _ in texts])),
     )
     if own.log_prob is not None and other.log_prob is not None:
         sides = [[float(side.log_prob[row]) for row in kept] for side in (own, other)]
-        bounds = paired_bootstrap(*sides, groups, seed=seed)
-        found.log_prob, found.log_prob_low, found.log_prob_high = map(float, bounds)
+        found.log_prob, found.log_prob_low, found.log_prob_high = paired_bootstrap(*sides, groups, seed=seed)
     return found
 
 
@@ -251,13 +247,10 @@ def cost_by_kind(own, other, kinds, seed=0, groups=None):
     for kind, rows in places.items():
         pair = [[float(side[row]) for row in rows] for side in (own, other)]
         together = None if groups is None else [groups[row] for row in rows]
-        difference, low, high = map(float, paired_bootstrap(*pair, together, seed=seed))
         table[kind] = {
             "own": float(np.mean(pair[0])),
             "swapped": float(np.mean(pair[1])),
-            "difference": difference,
-            "low": low,
-            "high": high,
+            **paired_difference(*pair, together, seed),
             "num_rows": len(rows),
         }
     return table

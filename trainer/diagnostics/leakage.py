@@ -5,7 +5,7 @@ Shapes: N rows, K latent slots, Z latent size.
 
 import numpy as np
 
-from ..evaluation.scores import paired_bootstrap
+from ..evaluation.scores import paired_difference
 from ..objective import forward_kl, latent_statistics, reverse_kl
 
 
@@ -45,13 +45,10 @@ def copying(says_wrong, says_wrong_anyway, seed=0, groups=None):
         `dict[str, float]`: `rate` and `base_rate` in 0..1; `difference` with `low` and `high`, 95%, paired; `num_groups`.
     """
     sides = [np.asarray(side, dtype=float) for side in (says_wrong_anyway, says_wrong)]
-    difference, low, high = map(float, paired_bootstrap(*sides, groups, seed=seed))
     return {
         "rate": float(sides[1].mean()),
         "base_rate": float(sides[0].mean()),
-        "difference": difference,
-        "low": low,
-        "high": high,
+        **paired_difference(*sides, groups, seed),
         "num_groups": len(says_wrong if groups is None else set(groups)),
     }
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from model_cards import render_diagnosis
+from model_cards.markdown import cell, percent, points
 
 from .verdict import NOT_COMPARED, SFT
 
@@ -52,13 +53,11 @@ def _settings(diagnosis):
 
 def _controls(diagnosis):
     base = diagnosis["baselines"]
-    rows = [["latents, own Z", _percent(diagnosis["changes"]["own"]["accuracy"]), ""]]
-    rows += [
-        [f"`{name}`", _percent(found["accuracy"]), _interval(found)] for name, found in diagnosis["controls"].items()
-    ]
-    rows += [["constant answer per kind", _percent(base["constant"]), ""]]
+    rows = [["latents, own Z", percent(diagnosis["changes"]["own"]["accuracy"]), ""]]
+    rows += [[f"`{name}`", percent(found["accuracy"]), points(found)] for name, found in diagnosis["controls"].items()]
+    rows += [["constant answer per kind", percent(base["constant"]), ""]]
     if base["chance"] is not None:
-        rows += [["chance", _percent(base["chance"]), ""]]
+        rows += [["chance", percent(base["chance"]), ""]]
     return _table("Beside it", ["", "accuracy", "minus own Z, points"], rows)
 
 
@@ -66,7 +65,7 @@ def _kinds(diagnosis):
     if diagnosis["by_kind"] is None:
         return ""
     rows = [
-        [kind, found["num_rows"], _percent(found["own"]), _percent(found["swapped"]), _interval(found)]
+        [kind, found["num_rows"], percent(found["own"]), percent(found["swapped"]), points(found)]
         for kind, found in diagnosis["by_kind"].items()
     ]
     return _table("What a swap costs, by kind", ["kind", "rows", "own Z", "swapped", "change, points"], rows)
@@ -75,10 +74,10 @@ def _kinds(diagnosis):
 def _gap(diagnosis):
     changes, nll, found, copied = (diagnosis[key] for key in ("changes", "nll", "divergence", "copying"))
     rows = [
-        ["accuracy, prior Z / posterior Z", f"{_percent(changes['own']['accuracy'])} / {_percent(changes['posterior']['accuracy'])}"],
-        ["train-inference gap, points", _interval(changes["posterior"])],
+        ["accuracy, prior Z / posterior Z", f"{percent(changes['own']['accuracy'])} / {percent(changes['posterior']['accuracy'])}"],
+        ["train-inference gap, points", points(changes["posterior"])],
         ["-log p(gold), nats per answer, prior Z / posterior Z / off", " / ".join(f"{nll[key]:.3f}" for key in ("own", "posterior", "latents off"))],
-        ["wrong answer said: posterior that read it / prior", f"{_percent(copied['rate'])} / {_percent(copied['base_rate'])}, {_interval(copied)}"],
+        ["wrong answer said: posterior that read it / prior", f"{percent(copied['rate'])} / {percent(copied['base_rate'])}, {points(copied)}"],
         ["forward / reverse KL, nats per slot", f"{found['forward_kl']:.3g} / {found['reverse_kl']:.3g}"],
         ["forward KL of each slot", ", ".join(f"{value:.3g}" for value in found["forward_kl_by_slot"])],
         ["active units (forward KL above 0.01 nats)", f"{found['active_units']:.0f} of {found['num_units']}"],
@@ -106,26 +105,14 @@ def _reading(diagnosis):
         value = (
             "no two answers with enough images each"
             if found is None
-            else f"{_percent(found['accuracy'])} (most frequent answer {_percent(found['majority'])}, chance "
-            f"{_percent(found['chance'])}, {found['num_labels']} answers, {found['num_rows']} rows)"
+            else f"{percent(found['accuracy'])} (most frequent answer {percent(found['majority'])}, chance "
+            f"{percent(found['chance'])}, {found['num_labels']} answers, {found['num_rows']} rows)"
         )
         rows.append([f"linear probe of the answer on {name} Z, held out", value])
-    rows.append(["for the probe: constant answer per kind, all rows", _percent(diagnosis["baselines"]["constant"])])
+    rows.append(["for the probe: constant answer per kind, all rows", percent(diagnosis["baselines"]["constant"])])
     return _table("What Z depends on, and what can be read from it", ["", ""], rows)
 
 
 def _table(title, header, rows):
     lines = [header, ["---"] * len(header), *rows]
-    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text):
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _percent(value):
-    return f"{100 * value:.1f}%"
-
-
-def _interval(found):
-    return f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)

@@ -1,5 +1,8 @@
 """One verdict from the numbers of a diagnosis, by fixed rules."""
 
+from model_cards.markdown import percent
+
+
 USED, BUT, UNUSED, UNDECIDED = "used", "used, but", "unused", "undecided"
 LEAK = "posterior copies the answer (leak)"
 SFT, NOT_COMPARED = "sft", "Not compared with same-data SFT."
@@ -80,7 +83,7 @@ def _not_shown(numbers, own, swap):
             f"{lost} is neither shown nor excluded: ask questions of more images than {swap['num_groups']}."
         )
     if own["accuracy"] <= constant + NEGLIGIBLE:
-        return UNDECIDED, f"{lost} is excluded, but there is none to lose: a constant answer has {_percent(constant)}."
+        return UNDECIDED, f"{lost} is excluded, but there is none to lose: a constant answer has {percent(constant)}."
     if swap["log_prob_high"] < -MIN_LOG_PROB:
         return UNDECIDED, f"{lost} is excluded, but the latents move what the model finds likely."
     return UNUSED, f"{lost} is excluded."
@@ -123,7 +126,7 @@ def _objections(numbers, leak):
         if control["high"] >= 0:
             how = "better than" if control["low"] > 0 else "not shown to be worse than"
             found.append(
-                f"But the control `{name}` is {how} the latents: {_percent(control['accuracy'])}, a difference of {_interval(control)}."
+                f"But the control `{name}` is {how} the latents: {percent(control['accuracy'])}, a difference of {_interval(control)}."
             )
     return found + [f"But the posterior leaks. {sentence}" for sentence in _leak(numbers, leak)]
 
@@ -133,15 +136,15 @@ def _leak(numbers, leak):
     if not leak:
         return []
     return [
-        f"Fed a wrong answer, the posterior makes the decoder say it in {_percent(copied['rate'])} of the rows, against "
-        f"{_percent(copied['base_rate'])} with the prior's Z ({_interval(copied)}): accuracy under the posterior says nothing of "
+        f"Fed a wrong answer, the posterior makes the decoder say it in {percent(copied['rate'])} of the rows, against "
+        f"{percent(copied['base_rate'])} with the prior's Z ({_interval(copied)}): accuracy under the posterior says nothing of "
         "what the model knows."
     ]
 
 
 def _all_alike(numbers, own):
     """Where no row had another Z to swap with: unused, unless the rows' mean in its place says otherwise."""
-    mean, accuracy = numbers["changes"]["shared mean"], f"accuracy is {_percent(own['accuracy'])}."
+    mean, accuracy = numbers["changes"]["shared mean"], f"accuracy is {percent(own['accuracy'])}."
     if _nothing_moves(mean):
         alike = f"All {numbers['num_rows']} rows have one and the same Z, which can tell nothing of any; {accuracy}"
         return UNUSED, alike
@@ -153,9 +156,9 @@ def _all_alike(numbers, own):
 
 def _swap(own, swap):
     return (
-        f"With another row's Z accuracy goes from {_percent(swap['accuracy'] - swap['difference'])} to {_percent(swap['accuracy'])}, a change of "
-        f"{_interval(swap)} on {swap['num_rows']} rows; {_percent(swap['flip_rate'])} of the answers say something else, "
-        f"{_percent(swap['text_flip_rate'])} are another text, and "
+        f"With another row's Z accuracy goes from {percent(swap['accuracy'] - swap['difference'])} to {percent(swap['accuracy'])}, a change of "
+        f"{_interval(swap)} on {swap['num_rows']} rows; {percent(swap['flip_rate'])} of the answers say something else, "
+        f"{percent(swap['text_flip_rate'])} are another text, and "
         f"log p(gold) changes by {swap['log_prob']:+.3f} nats ({swap['log_prob_low']:+.3f} to {swap['log_prob_high']:+.3f})."
     )
 
@@ -167,10 +170,6 @@ def _helped(changes, objections):
         f"One tensor shared by all rows changes accuracy by {_interval(changes['shared mean'])}, switching the latents off by "
         f"{_interval(changes['latents off'])}."
     ]
-
-
-def _percent(value):
-    return f"{100 * value:.1f}%"
 
 
 def _interval(found):

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +15,18 @@ from .letters import draw_latents, letter_log_probs
 LATENT_SOURCES = ("prior", "posterior", "no_latents")
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model):
+    """In evaluation mode, without gradients; the training mode comes back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def answer_questions(
     model, processor, rows, source="prior", batch_size=64, max_new_tokens=16, description="Answering"
 ):
@@ -38,12 +50,8 @@ def answer_questions(
     has_latents = model.config.model_type == "amvl"
     if source != "no_latents" and not has_latents:
         raise ValueError(f"`source={source!r}` needs an AMVL model, got a `{type(model).__name__}`: use 'no_latents'.")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _answers(model, processor, rows, source, has_latents, batch_size, max_new_tokens, description)
-    finally:
-        model.train(training)
 
 
 def _answers(model, processor, rows, source, has_latents, batch_size, max_new_tokens, description):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..data.report import THUMBNAIL, write_atomically
-from ..data.report_page import INVISIBLE, POLICY, STYLE
+from ..data.report_page import INVISIBLE, html_page
 from .reply import read_reply
 from .results import TOTAL
 
@@ -109,19 +109,17 @@ def tables_of(results):
         (
             "What was asked, and what an answer cost",
             [
-                *[
-                    "arm",
-                    "model",
-                    "latents",
-                    "k",
-                    "tau",
-                    "seed",
-                    "unparsed",
-                    "likeliest letter",
-                    "tokens",
-                    "seconds",
-                    "image budget",
-                ]
+                "arm",
+                "model",
+                "latents",
+                "k",
+                "tau",
+                "seed",
+                "unparsed",
+                "likeliest letter",
+                "tokens",
+                "seconds",
+                "image budget",
             ],
             arms,
         ),
@@ -194,26 +192,13 @@ def render_page(results, question_set, answers):
     )
     cards = "".join(_card(question_set.questions[number], number, answers) for number in _shown(question_set, answers))
     title = f"{results['benchmark']}: {', '.join(results['arms'])}"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{STYLE}{OWN_STYLE}</style>
-</head>
-<body>
-<h1>{_text(title)}</h1>
-{drawn}
+    body = f"""{drawn}
 {tables}
 {sentences}
 <h2>Some answers</h2>
 <p class="quiet">Drawn at random; up to half of them are questions on which the arms differ.</p>
-<div class="cards">{cards}</div>
-</body>
-</html>
-"""
+<div class="cards">{cards}</div>"""
+    return html_page(title, body, OWN_STYLE)
 
 
 def _table(caption, heads, rows, rule):

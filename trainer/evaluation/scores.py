@@ -130,6 +130,11 @@ def paired_bootstrap(first, second, groups=None, strata=None, confidence=0.95, n
     return float(difference), float(low), float(high)
 
 
+def paired_difference(first, second, groups=None, seed=0):
+    """[`paired_bootstrap`] of two runs by name: `difference`, and `low` and `high`, 95%."""
+    return dict(zip(("difference", "low", "high"), paired_bootstrap(first, second, groups, seed=seed)))
+
+
 def _numbered(labels, num_rows, name):
     if len(labels) != num_rows:
         raise ValueError(f"`{name}` must have one entry per row, {num_rows}, got {len(labels)}.")
