@@ -26,6 +26,7 @@ from .refusals_amvl import (
     refuse_compiled,
     refuse_completion,
     refuse_config,
+    refuse_initial_token,
     refuse_model_type,
     refuse_right_padding,
     refuse_token,
@@ -130,6 +131,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_latents=8,
         latent_size=512,
         latent_token_id=None,
+        initial_token_id=None,
         initial_log_variance=-6.0,
         min_log_variance=-8.0,
         max_log_variance=4.0,
@@ -138,7 +140,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **model_kwargs,
     ):
         """
-        Wraps a stock image-text-to-text model; its weights stay as they are and are not copied.
+        Wraps a stock image-text-to-text model; its weights are not copied, and stay as they are but for the placeholder's row.
 
         Args:
             model_or_id (`PreTrainedModel`, `str` or `os.PathLike`): a stock model, a Hub id or a local folder.
@@ -147,6 +149,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             latent_token_id (`int`, *optional*): id of the placeholder, best `AMVLProcessor.latent_token_id`. By default
                 the first row that the tokenizer of `model_or_id` leaves free; behind the table where that is a model, which
                 has no tokenizer. The table grows only if it has no such row; a row that is new starts at its mean.
+            initial_token_id (`int`, *optional*): id of the token whose embedding the placeholder starts as, best
+                `AMVLProcessor.answer_start_id`: what the model knows to say after the prompt is then in the latents from the
+                start. By default the placeholder's row stays as it is. Not stated in the paper.
             initial_log_variance, min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
             **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
 
@@ -196,7 +201,12 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Not passed above: a new config would overwrite the attention implementation of every config inside it.
         config.backbone_config = backbone.config
         refuse_token(backbone, latent_token_id, num_rows)
+        refuse_initial_token(initial_token_id, latent_token_id, num_rows)
         _reserve_latent_token(backbone, latent_token_id, num_rows)
+        if initial_token_id is not None:
+            with torch.no_grad():
+                embeddings = backbone.get_input_embeddings().weight
+                embeddings[latent_token_id] = embeddings[initial_token_id]
 
         training = backbone.training
         model = cls(config, backbone)

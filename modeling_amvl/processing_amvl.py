@@ -188,6 +188,18 @@ class AMVLProcessor(ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(self.latent_token)
 
     @property
+    def answer_start_id(self) -> int | None:
+        """`int`: Id of the token that an answer follows, the last of a prompt; `None` without a chat template.
+
+        What `AMVLForConditionalGeneration.from_backbone` takes as `initial_token_id`.
+        """
+        if self.chat_template is None:
+            return None
+        turn = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        prompt = self.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1]
+
+    @property
     def image_budget(self) -> dict:
         """`dict`: What decides the size of an image in a call that says nothing else about it, as plain JSON data.
 

@@ -76,6 +76,17 @@ def refuse_token(backbone, latent_token_id, num_rows):
                 )
 
 
+def refuse_initial_token(initial_token_id, latent_token_id, num_rows):
+    if initial_token_id is None:
+        return
+    is_row = isinstance(initial_token_id, int) and 0 <= initial_token_id < num_rows
+    if not is_row or initial_token_id == latent_token_id:
+        raise ValueError(
+            f"`initial_token_id` is {initial_token_id!r}: it must be a row of the embedding table, which has {num_rows}, and "
+            f"another than `latent_token_id`, {latent_token_id}. `AMVLProcessor.answer_start_id` is one."
+        )
+
+
 def refuse_right_padding(attention_mask):
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError(

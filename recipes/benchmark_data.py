@@ -5,7 +5,7 @@
 Small sources of every format are written to a temporary folder, with photographs of scikit-image as JPEG (512 x 384). Each is
 streamed through a `DataLoader` with 1 and with 2 workers, from the first row that arrives to the last: the record is parsed,
 its image found, opened, checked and decoded twice (to an eighth by the check, whole by `datasets`). Preparing reads, checks and
-writes parquet, start of the processes included. The collator gets rows of the embedded default, pictures of 48 x 48 pixels in
+writes parquet, start of the processes included. The collator gets rows of the embedded default, pictures of 72 x 72 pixels in
 batches of 64, once decoded and once with their decoding by `datasets`.
 
 A step is forward, backward and optimizer of the embedded default with one thread, as it trains. What matters to a run is how long
@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from trainer import AMVLDataCollator
+from trainer import AMVLDataCollator, AMVLSFTConfig
+from trainer.base import build_base
+from trainer.data.color_steps import build_color_steps
 from trainer.data.mixture import Mixture
-from trainer.data.photo_questions import build_photo_questions
 from trainer.data.photos import SCIKIT_IMAGE_PHOTOS
 from trainer.data.prepare import prepare
 from trainer.data.sources import READERS, read_rows
-from trainer.demo import DemoArguments, build_tiny_backbone
+from trainer.demo import DemoArguments
 from trainer.measuring import facts_line, machine_facts, markdown_page, ratios, render, spread
 from trainer.objective import amvl_loss
 
@@ -226,15 +227,15 @@ def demo_step(processor, backbone, settings):
     model.train()
 
     def step(batch):
-        output = model(**batch, decode_prior=settings.prior_ntp_weight > 0)
+        output = model(**batch, decode_prior=True)
         loss, _ = amvl_loss(
             output["loss"],
             (output["prior_mean"], output["prior_log_variance"]),
             (output["posterior_mean"], output["posterior_log_variance"]),
-            settings.beta,
-            settings.gamma,
-            prior_ntp=output["prior_loss"] if settings.prior_ntp_weight > 0 else None,
-            prior_ntp_weight=settings.prior_ntp_weight,
+            AMVLSFTConfig.beta,
+            AMVLSFTConfig.gamma,
+            prior_ntp=output["prior_loss"],
+            prior_ntp_weight=AMVLSFTConfig.prior_ntp_weight,
         )
         loss.backward()
         optimizer.step()
@@ -247,10 +248,10 @@ def measure_collator(arguments):
     """Rows per second of the collator, and the share of a loop of steps that is spent waiting for batches."""
     settings = DemoArguments()
     size = settings.batch_size
-    backbone, stock_processor = build_tiny_backbone(seed=0)
+    backbone, stock_processor = build_base()
     processor = AMVLProcessor.from_backbone(stock_processor)
     collator, step = AMVLDataCollator(processor), demo_step(processor, backbone, settings)
-    rows = build_photo_questions(arguments.num_rows // size * size).select_columns(["images", "prompt", "completion"])
+    rows = build_color_steps(arguments.num_rows // size * size).select_columns(["images", "prompt", "completion"])
     decoded = rows[:size]
     decoded = [{key: values[n] for key, values in decoded.items()} for n in range(size)]
     batch = collator(decoded)

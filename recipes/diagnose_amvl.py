@@ -1,13 +1,11 @@
 """Answers with one verdict whether the latents of an AMVL checkpoint are used.
 
-    python recipes/diagnose_amvl.py amvl-demo photo_questions
+    python recipes/diagnose_amvl.py amvl-demo color_steps
     python recipes/diagnose_amvl.py my/checkpoint data/paper --update_card --controls sft=my/sft base=HuggingFaceTB/SmolVLM-Instruct
 
 The data is a folder that recipes/prepare_data.py or recipes/make_puzzles.py wrote, a Hub id or folder in another form named by
-`--dataset_format`, or `photo_questions` or `color_steps`, questions made on the fly about held-out photographs. Writes the verdict
-with its tables (`diagnosis.md`, `diagnosis.json`) and pictures into `output_dir`. Needs `pip install -e '.[demo]'`.
-
-A thousand `photo_questions` took 36 seconds of one CPU core with the tiny model of the embedded default, k = 4.
+`--dataset_format`, or `color_steps`, questions made on the fly about held-out photographs. Writes the verdict with its tables
+(`diagnosis.md`, `diagnosis.json`) and pictures into `output_dir`. Needs `pip install -e '.[demo]'`.
 """
 
 import importlib.util
@@ -27,7 +25,6 @@ from model_cards import update_card
 from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer.data.color_steps import build_color_steps
-from trainer.data.photo_questions import build_photo_questions
 from trainer.data.sources import READERS, read_rows
 from trainer.diagnostics import pictures
 from trainer.diagnostics.diagnose import ask_control, diagnose
@@ -36,8 +33,8 @@ from trainer.diagnostics.report import write_report
 from trainer.sft_trainer import model_type_of
 
 
-BUILT = {"photo_questions": build_photo_questions, "color_steps": build_color_steps}  # made on the fly
-FORMATS = (*READERS, "prepared", *BUILT)
+MADE = "color_steps"  # on the fly
+FORMATS = (*READERS, "prepared", MADE)
 NUM_DRAWN = 4  # photographs with relevance maps
 
 
@@ -46,9 +43,7 @@ class DiagnoseArguments:
     """Which checkpoint is asked what."""
 
     checkpoint: str = field(metadata={"help": "An AMVL checkpoint: folder or Hub id. May stand first, unnamed."})
-    data: str = field(
-        metadata={"help": "Folder, Hub id, `photo_questions` or `color_steps`. May stand second, unnamed."}
-    )
+    data: str = field(metadata={"help": "Folder, Hub id or `color_steps`. May stand second, unnamed."})
     output_dir: str | None = field(
         default=None, metadata={"help": "`diagnosis` in the checkpoint's folder by default."}
     )
@@ -103,8 +98,8 @@ def format_of(arguments):
     folder = Path(arguments.data)
     if arguments.dataset_format is not None:
         return arguments.dataset_format
-    if arguments.data in BUILT:
-        return arguments.data
+    if arguments.data == MADE:
+        return MADE
     if (folder / "report.json").is_file():
         return "prepared"
     if folder.is_dir() and any(folder.glob("*/val-*.parquet")):
@@ -117,8 +112,8 @@ def format_of(arguments):
 def load_rows(arguments):
     """At most `max_rows` questions, drawn at random."""
     form, split = format_of(arguments), arguments.dataset_split
-    if form in BUILT:
-        return BUILT[form](arguments.max_rows, split or "held_out", arguments.seed)
+    if form == MADE:
+        return build_color_steps(arguments.max_rows, split or "held_out", arguments.seed)
     if form == "prepared":
         splits = load_dataset(arguments.data)
         if (split or "test") not in splits:

@@ -211,7 +211,11 @@ def load_model(arguments, model_config, processor):
             setattr(model.config, key, value)
         return model
     return AMVLForConditionalGeneration.from_backbone(
-        name, latent_token_id=processor.latent_token_id, **latents, **settings
+        name,
+        latent_token_id=processor.latent_token_id,
+        initial_token_id=processor.answer_start_id,
+        **latents,
+        **settings,
     )
 
 

@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.modeling_amvl import LatentDistribution
-from trainer.demo import build_tiny_backbone
 
 
 COLORS = {"red": (230, 20, 30), "green": (20, 170, 40), "blue": (30, 50, 240)}

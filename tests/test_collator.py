@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from tiny import build_tiny_backbone
 from transformers.image_utils import load_image
 from trl.data_utils import apply_chat_template
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
-from trainer.demo import build_tiny_backbone
 
 
 IMAGE_PART = {"type": "image"}

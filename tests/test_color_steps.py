@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from trainer.data.color_steps import ALL_COLORS, CAPTIONS, KINDS, MULTI_HOP, build_color_steps
-from trainer.data.photo_questions import DIRECTIONS, PLACES, PREPOSITIONS, answer_text
+from trainer.data.color_steps import CAPTIONS, KINDS, MULTI_HOP, build_color_steps
 from trainer.data.photos import load_photos, split_photos
+from trainer.data.shapes import ALL_COLORS, DIRECTIONS, PLACES, PREPOSITIONS
+from trainer.evaluation import answer_text
 
 
 pytestmark = pytest.mark.any_release
@@ -67,14 +69,23 @@ def right_answer(kind, words, shapes):
     return color
 
 
-def test_every_answer_can_be_read_off_the_pixels(rows):
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_every_answer_can_be_read_off_the_pixels(split):
     checked = Counter()
-    for row in rows:
+    for row in build_color_steps(ROWS, split, kinds=KINDS, seed=9):
         if row["kind"] in ("shape", "list_shapes"):  # outlines are not told apart here
             continue
         assert answer_text(row) == right_answer(row["kind"], asked(row), seen(row)), row["kind"]
         checked[row["kind"]] += 1
     assert set(checked.values()) == {8} and len(checked) == len(KINDS) - 2
+
+
+def test_rows_are_in_trl_prompt_completion_format(rows):
+    for row in rows:
+        assert set(row) == {"images", "prompt", "completion", "kind", "photo", "choices"}
+        assert [image.size for image in row["images"]] == [(3 * CELL, 3 * CELL)]
+        assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
+        assert row["prompt"][0]["role"] == "user" and row["completion"][0]["role"] == "assistant"
 
 
 def test_listed_outlines_are_those_asked_for_one_by_one(rows):
@@ -107,7 +118,7 @@ def test_answers_and_starts_take_turns():
 def test_rows_depend_on_seed_and_place_alone(rows):
     again = build_color_steps(13, kinds=KINDS, seed=3)
     other = build_color_steps(13, kinds=KINDS, seed=4)
-    assert again.with_format("arrow")[:].to_pylist() == rows.with_format("arrow")[:13].to_pylist()
+    assert again.with_format("arrow")[:].to_pylist() == rows.with_format("arrow")[:13].to_pylist()  # also the pictures
     assert again.with_format("arrow")[:].to_pylist() != other.with_format("arrow")[:].to_pylist()
 
 
@@ -119,16 +130,24 @@ def test_no_photograph_serves_both_splits(rows):
 
 
 @pytest.mark.parametrize(
-    "arguments, name",
+    ("arguments", "message"),
     [
-        ({"num_rows": 0}, "num_rows"),
-        ({"split": "test"}, "split"),
-        ({"seed": -1}, "seed"),
-        ({"kinds": ("9_steps",)}, "kinds"),
-        ({"kinds": ()}, "kinds"),
-        ({"image_size": 50}, "image_size"),
+        ({"num_rows": 0}, "`num_rows` must be at least 1, but got 0"),
+        ({"split": "test"}, "`split` must be one of .*'test'"),
+        ({"seed": -1}, "`seed` must be zero or more, but got -1"),
+        ({"kinds": ("9_steps",)}, "`kinds` must name some of .*9_steps"),
+        ({"kinds": ()}, "`kinds` must name some of"),
+        ({"image_size": 50}, "`image_size` must be a multiple of 3, at least 48, but got 50"),
+        ({"image_size": 45}, "`image_size` must be a multiple of 3, at least 48, but got 45"),
     ],
 )
-def test_a_bad_argument_is_named(arguments, name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
+def test_a_bad_argument_is_named_with_its_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
         build_color_steps(**{"num_rows": 1, **arguments})
+
+
+def test_a_folder_whose_one_photograph_trains_holds_none_out(tmp_path):
+    Image.new("RGB", (80, 60), (90, 20, 30)).save(tmp_path / "photo.png")
+    assert build_color_steps(2, image_dir=tmp_path)["photo"] == ["photo.png"] * 2
+    with pytest.raises(ValueError, match="leaves no photograph for 'held_out'"):
+        build_color_steps(2, "held_out", image_dir=tmp_path)

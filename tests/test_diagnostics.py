@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from planted_latents import COLORS, colored_rows, planted
+from tiny import build_tiny_backbone
 
 from model_cards import render_card, update_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import diagnose_amvl
-from trainer.demo import build_tiny_backbone
 from trainer.diagnostics.diagnose import ask_control, compare_control, diagnose
 from trainer.diagnostics.leakage import copying, divergence, norm_ratio
 from trainer.diagnostics.pictures import draw_kl_history, draw_relevance
@@ -377,7 +377,7 @@ def test_only_whole_lines_of_a_card_are_markers_and_headings(used, tmp_path):
             update_card(path, diagnosis)
         assert path.read_text() == markers + "mine"
         with pytest.raises(ValueError, match="once each, in this order"):
-            command(tmp_path, "photo_questions", "--update_card")  # before anything is spent
+            command(tmp_path, "color_steps", "--update_card")  # before anything is spent
 
 
 @pytest.fixture(scope="module")
@@ -408,14 +408,16 @@ def command(*words):
 def test_the_command_leaves_verdict_tables_pictures_and_card(checkpoint, tmp_path, capsys):
     words = ("--max_rows", 40, "--num_sweep_rows", 4, "--batch_size", 40, "--max_new_tokens", 4, "--update_card")
     controls = ("--controls", f"sft={checkpoint / 'stock'}", f"other={checkpoint / 'amvl'}")
-    arguments = command(checkpoint / "amvl", "photo_questions", "--output_dir", tmp_path, *words, *controls)
+    arguments = command(checkpoint / "amvl", "color_steps", "--output_dir", tmp_path, *words, *controls)
     diagnosis = diagnose_amvl.main(arguments)
     word, paragraph = diagnosis["verdict"].values()
     assert f"{word}: {paragraph}" in capsys.readouterr().out
     assert json.loads((tmp_path / "diagnosis.json").read_text())["verdict"]["word"] == word
     page = (tmp_path / "diagnosis.md").read_text()
     assert page.startswith(f"# Are the latents used?\n\n**Verdict: {word}.** {paragraph}")
-    assert "| `sft` |" in page and "| odd_corner | 8 |" in page and "nan" not in page.lower()
+    assert (
+        "| `sft` |" in page and "| location | 5 |" in page and "| 4_steps | 4 |" in page and "nan" not in page.lower()
+    )
     files = {"interventions.png", "gap.png", "sweeps.png", "cosines.png", "kl.png", "relevance.png"}
     assert set(diagnosis["pictures"].values()) == files and diagnosis["left_out"] == []
     for name in files:
@@ -433,7 +435,7 @@ def test_nothing_is_lost_where_drawing_fails(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(diagnose_amvl.pictures, "draw_changes", fail)
     words = ("--max_rows", 10, "--num_sweep_rows", 2, "--max_new_tokens", 4, "--output_dir", tmp_path)
     with pytest.raises(RuntimeError, match="no picture"):
-        diagnose_amvl.main(command(checkpoint / "amvl", "photo_questions", *words))
+        diagnose_amvl.main(command(checkpoint / "amvl", "color_steps", *words))
     page = (tmp_path / "diagnosis.md").read_text()
     assert "**Verdict:" in page and page.endswith("Not compared with same-data SFT.\n")
     assert (tmp_path / "diagnosis.json").is_file()
@@ -442,7 +444,7 @@ def test_nothing_is_lost_where_drawing_fails(checkpoint, tmp_path, monkeypatch):
 def test_a_library_that_is_missing_is_named_before_anything_is_spent(checkpoint, monkeypatch):
     monkeypatch.setattr(diagnose_amvl.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`matplotlib` is needed"):
-        command(checkpoint / "amvl", "photo_questions")
+        command(checkpoint / "amvl", "color_steps")
 
 
 def test_the_history_is_that_of_the_last_checkpoint(tmp_path):
@@ -456,7 +458,7 @@ def test_the_history_is_that_of_the_last_checkpoint(tmp_path):
 
 def test_a_stock_model_and_data_that_nobody_knows_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="stock model, `llava`, and has no latents"):
-        diagnose_amvl.main(command(checkpoint / "stock", "photo_questions", "--output_dir", tmp_path))
+        diagnose_amvl.main(command(checkpoint / "stock", "color_steps", "--output_dir", tmp_path))
     with pytest.raises(ValueError, match="name its `dataset_format`"):
         diagnose_amvl.main(command(checkpoint / "amvl", tmp_path, "--output_dir", tmp_path))
     for words, message in (
@@ -467,6 +469,6 @@ def test_a_stock_model_and_data_that_nobody_knows_are_refused(checkpoint, tmp_pa
         (("--dataset_format", "csv"), "`dataset_format` must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
-            command(checkpoint / "amvl", "photo_questions", *words)
+            command(checkpoint / "amvl", "color_steps", *words)
     with pytest.raises(ValueError, match="`update_card` needs a card"):
-        command(checkpoint / "stock", "photo_questions", "--update_card")
+        command(checkpoint / "stock", "color_steps", "--update_card")

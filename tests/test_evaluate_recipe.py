@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_benchmarks import blink_row, picture, visual_puzzle, vstar_folder, write_parquet
+from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes.evaluate_amvl import EvaluationArguments, main
 from trainer.collator import AMVLDataCollator
 from trainer.data.puzzles import FEATURES
-from trainer.demo import build_tiny_backbone
 from trainer.evaluation.answering import answer_batch
 from trainer.evaluation.letters import draw_latents, letter_log_probs
 from trainer.evaluation.models import _version

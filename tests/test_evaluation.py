@@ -1,4 +1,4 @@
-"""The evaluation asks what it says it asks: stock generation, with latents from the named source, scored word for word."""
+"""The evaluation asks what it says it asks: stock generation, with latents from the named source."""
 
 import copy
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from trainer.demo import build_tiny_backbone
-from trainer.evaluation import LATENT_SOURCES, accuracy_by_kind, answer_questions, format_table
+from trainer.evaluation import LATENT_SOURCES, answer_questions
 from trainer.pictures import PANELS, plot_training_curves
 
 
@@ -190,40 +190,6 @@ def test_a_stock_model_has_no_latents_to_ask_with(parts, rows, source):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_accuracy_counts_exact_answers_by_kind_and_the_mean_weighs_kinds_alike():
-    answers = ["red", "Red", "2", "top left", "top"]
-    gold = ["red", "red", "2 ", "top left", "top left"]
-    kinds = ["color", "color", "count", "corner", "corner"]
-    scores = accuracy_by_kind(answers, gold, kinds)
-    assert scores == {"color": 0.5, "count": 1.0, "corner": 0.5, "mean": 2 / 3}  # of rows it would be 3 / 5
-    assert list(scores) == ["color", "count", "corner", "mean"]
-
-
-def test_scores_of_lists_that_differ_in_length_are_refused():
-    with pytest.raises(ValueError, match="zip"):
-        accuracy_by_kind(["red"], ["red", "blue"], ["color", "color"])
-
-
-def test_the_table_is_markdown_aligned_and_in_per_cent():
-    columns = {"base": {"color": 0.1234, "mean": 0.0}, "AMVL, prior Z": {"mean": 1.0, "color": 0.5}}
-    assert format_table(columns, ["color", "mean"]).splitlines() == [
-        "| kind  |  base | AMVL, prior Z |",
-        "|-------|------:|--------------:|",
-        "| color |  12.3 |          50.0 |",
-        "| mean  |   0.0 |         100.0 |",
-    ]
-
-
-def test_a_table_without_a_score_is_refused():
-    with pytest.raises(KeyError, match="counting"):
-        format_table({"base": {"mean": 0.5}}, ["counting", "mean"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -252,7 +218,7 @@ def test_the_curves_of_an_empty_history_are_empty_panels_and_those_of_a_run_are_
     assert num_colorful(path) == 0 and len(np.unique(pixels(path))) > 10
 
     keys = [key for _, curves in PANELS for key in curves]
-    path = plot_training_curves(history(keys), str(tmp_path / "run.png"), "AMVL on photo questions")
+    path = plot_training_curves(history(keys), str(tmp_path / "run.png"), "AMVL on the embedded base")
     assert pixels(path).shape == (height, width, 3) and num_colorful(path) >= 3
     assert matplotlib.pyplot.get_fignums() == []
 

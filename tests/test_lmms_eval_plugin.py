@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from trainer.demo import build_tiny_backbone
 
 
 # Before the plug-in, as its command does: the registry is filled when lmms-eval's models are imported.

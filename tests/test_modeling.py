@@ -675,6 +675,18 @@ def test_wrapping_keeps_the_weights_and_a_spare_row_keeps_the_table(family):
 
 
 @families
+@pytest.mark.parametrize("latent_token_id", [LATENT_TOKEN, None], ids=["spare row", "new row"])
+def test_the_placeholder_starts_as_the_token_that_is_named(family, latent_token_id):
+    backbone = build_backbone(family)
+    before = backbone.get_input_embeddings().weight.detach().clone()
+    model = AMVLForConditionalGeneration.from_backbone(backbone, latent_token_id=latent_token_id, initial_token_id=7)
+    table, row = model.get_input_embeddings().weight, model.config.latent_token_id
+    assert torch.equal(table[row], before[7])
+    others = torch.arange(len(before)) != row
+    assert torch.equal(table[: len(before)][others], before[others])
+
+
+@families
 def test_a_table_without_a_spare_row_grows_by_the_mean_of_its_rows(family):
     backbone = build_backbone(family)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -803,6 +815,14 @@ def test_a_folder_that_cannot_carry_latents_is_refused(make, message, tmp_path):
         ({"latent_token_id": IMAGE}, ValueError, f"`latent_token_id` {IMAGE} is the model's `image_token"),
         ({"latent_token_id": 2}, ValueError, "`latent_token_id` 2 is the model's `eos_token_id`"),
         ({"latent_token_id": 10**6}, ValueError, f"is 1000000, but the embedding table has {VOCAB_SIZE} rows"),
+        ({"initial_token_id": VOCAB_SIZE}, ValueError, f"`initial_token_id` is {VOCAB_SIZE}: it must be a row"),
+        ({"initial_token_id": -1}, ValueError, "`initial_token_id` is -1"),
+        ({"initial_token_id": "<s>"}, ValueError, "`initial_token_id` is '<s>'"),
+        (
+            {"initial_token_id": 5, "latent_token_id": 5},
+            ValueError,
+            "`initial_token_id` is 5: it must be .* than `latent_token_id`",
+        ),
         ({"num_latent": 4}, TypeError, "`num_latent` is no argument of `from_backbone`"),
         ({"dtype": torch.bfloat16}, TypeError, "`dtype` is no argument of `from_backbone`"),
     ],

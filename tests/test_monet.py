@@ -7,13 +7,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLProcessor
 from trainer import AMVLDataCollator
 from trainer.data import files
 from trainer.data.monet import BOXED_SUFFIX, SUBSETS, read_monet
 from trainer.data.rows import SYSTEM_PROMPT, boxed_text
-from trainer.demo import build_tiny_backbone
 
 
 KEEPING = ("Zebra_CoT_count", "Zebra_CoT_visual_search")  # ../shared/formats.md, by heart

@@ -108,3 +108,21 @@ def test_hidden_files_and_what_is_no_picture_are_passed_over(photos, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"none")
     assert list(load_photos(tmp_path)) == ["coins.png"]
+
+
+def test_unusable_folders_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="`image_dir` must be an existing folder.*nowhere"):
+        load_photos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no image"):
+        load_photos(tmp_path)
+    photos["coins.png"].save(tmp_path / "coins.png")
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"1 unreadable image\(s\): broken.jpg"):
+        load_photos(tmp_path)
+
+
+def test_the_same_file_twice_is_read_once(photos, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("coins.png", "sub/copy.png"):
+        photos["coins.png"].save(tmp_path / name)
+    assert list(load_photos(tmp_path)) == ["coins.png"]

@@ -17,6 +17,7 @@ from filelock import FileLock
 from loopback_hub import LoopbackHub
 from PIL import Image, ImageDraw
 from test_loopback_hub import run_client
+from tiny import build_tiny_backbone
 
 from recipes import prepare_data
 from recipes.prepare_data import PrepareArguments
@@ -437,13 +438,10 @@ sys.path.insert(0, sys.argv[3])
 from trl import ModelConfig, TrlParser
 from recipes import prepare_data, sft_amvl
 from trainer import AMVLSFTConfig
-from trainer.demo import build_tiny_backbone
 
 mixture, folder = sys.argv[1], Path(sys.argv[2])
 for _ in range(2):  # pushing again changes nothing
     prepare_data.main(prepare_data.PrepareArguments(mixture, str(folder / "mix"), push_to_hub="someone/mix"))
-for part in build_tiny_backbone():
-    part.save_pretrained(folder / "stock")
 flags = "--use_cpu true --max_steps 1 --per_device_train_batch_size 2 --num_latents 2 --latent_size 8 --bf16 false"
 flags += " --gradient_checkpointing false --eval_strategy steps --eval_steps 1 --report_to none --save_strategy no"
 flags += f" --dataset_format prepared --dataset_name someone/mix --model_name_or_path {folder / 'stock'}"
@@ -464,6 +462,8 @@ def test_a_mixture_is_pushed_with_its_card_and_trained_on_from_the_hub(sources, 
         "evaluation": [source(sources["held out"], source="mine too")],
     }
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mixture))
+    for part in build_tiny_backbone():
+        part.save_pretrained(tmp_path / "stock")
     with LoopbackHub() as hub:
         output = run_client(hub, tmp_path / "client", PUSH_AND_TRAIN, tmp_path / "mix.yaml", tmp_path, REPOSITORY)
         files = hub.datasets["someone/mix"].files

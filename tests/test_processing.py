@@ -346,6 +346,15 @@ def test_latent_token_is_one_new_special_token(build):
     assert set(stock.tokenizer.all_special_tokens) < set(processor.tokenizer.all_special_tokens)
 
 
+def test_the_token_that_an_answer_follows_ends_every_prompt(build):
+    processor = AMVLProcessor.from_backbone(build())
+    turn = [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert processor.answer_start_id == processor.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1]
+    processor.chat_template = None
+    assert processor.answer_start_id is None
+
+
 def test_a_token_that_exists_keeps_its_id():
     stock = build_idefics3()
     processor = AMVLProcessor.from_backbone(stock, latent_token="<row_6_col_6>")

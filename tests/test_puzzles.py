@@ -18,7 +18,6 @@ from recipes.make_puzzles import PuzzleArguments
 from recipes.make_puzzles import main as make_puzzles
 from trainer.data import read_rows
 from trainer.data.blink import training_rows
-from trainer.data.photo_questions import COLORS
 from trainer.data.photos import load_photos
 from trainer.data.puzzles import (
     FEATURES,
@@ -36,6 +35,7 @@ from trainer.data.puzzles import (
 from trainer.data.puzzles.build import TURNS, _turn
 from trainer.data.puzzles.canvas import GLYPHS, PLURALS, SHAPES, Random, encode_png, shape_masks
 from trainer.data.puzzles.drawn import STEPS, _arrow, _paths
+from trainer.data.shapes import COLORS
 
 
 pytestmark = pytest.mark.any_release

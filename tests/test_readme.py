@@ -13,13 +13,14 @@ import datasets
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from fresh_process import NO_REPOSITORY
+from tiny import build_tiny_backbone
 from trl import ModelConfig, TrlParser
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import sft_amvl
 from trainer import AMVLDataCollator, AMVLSFTConfig
-from trainer.data.photo_questions import build_photo_questions
-from trainer.demo import DemoArguments, build_tiny_backbone
+from trainer.data.color_steps import build_color_steps
+from trainer.demo import DemoArguments
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
     )
     model.save_pretrained(folder / "amvl-demo")
     processor.save_pretrained(folder / "amvl-demo")
-    rows = build_photo_questions(4)
+    rows = build_color_steps(4, image_size=48)
     rows[0]["images"][0].save(folder / "amvl-demo" / "example.png")
     (folder / "rows").mkdir()
     rows.select_columns(["images", "prompt", "completion"]).to_parquet(folder / "rows" / "train.parquet")
@@ -98,7 +99,7 @@ def test_the_training_example_trains_and_saves(folder, monkeypatch, tmp_path):
 
 def test_the_row_that_is_shown_is_a_row(folder):
     (code,) = re.findall(r"A row is\n\n```python\n(.*?)```", README, re.DOTALL)
-    image = build_photo_questions(1)[0]["images"][0]
+    image = build_color_steps(1, image_size=48)[0]["images"][0]
     row = eval(code, {"image": image})
     processor = AMVLProcessor.from_pretrained(folder / "amvl-demo")
     collator = AMVLDataCollator(processor)

@@ -14,10 +14,10 @@ from fresh_process import NO_REPOSITORY
 from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import build_tiny_backbone
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration, AMVLProcessor
-from trainer.demo import build_tiny_backbone
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

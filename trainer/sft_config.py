@@ -10,9 +10,10 @@ class AMVLSFTConfig(SFTConfig):
     r"""
     Configuration of the [`AMVLSFTTrainer`]; the number and size of the latents are in the model's config.
 
-    Every row of the paper's ablation (arXiv 2607.00461) is one field away:
+    The defaults depart from the paper (arXiv 2607.00461), which decodes from the posterior alone and starts with the forward
+    term: what each departure is worth is in recipes/RESULTS.md. Every row of the paper's ablation is a few fields away:
 
-    | objective | fields |
+    | objective | fields, with `prior_ntp_weight=0, gamma=0.001` |
     |---|---|
     | NTP only | `beta=0, gamma=0` |
     | forward only | `ntp_weight=0, gamma=0` |
@@ -20,7 +21,7 @@ class AMVLSFTConfig(SFTConfig):
     | NTP + forward | `gamma=0` |
     | NTP + reverse | `beta=0` |
     | NTP + both, reverse first | `kl_order="reverse_first"` |
-    | NTP + both, forward first | the default |
+    | NTP + both, forward first | `kl_order="forward_first"` |
 
     These parameters have other defaults than in [`~trl.SFTConfig`]: `learning_rate` 1e-5 (what rivals use on the paper's
     data; its own is not stated), `max_length` `None` (1024 can cut image tokens), `router_aux_loss_coef` 0.0.
@@ -41,17 +42,17 @@ class AMVLSFTConfig(SFTConfig):
         },
     )
     gamma: float = field(
-        default=0.001,
+        default=0.01,
         metadata={
-            "help": "Weight of the reverse posterior regularisation KL(sg[p] || q), weaker than `beta`. Its value is not "
-            "stated in the paper."
+            "help": "Weight of the reverse posterior regularisation KL(sg[p] || q). The paper has it weaker than `beta` and "
+            "does not state its value."
         },
     )
     ntp_weight: float = field(
         default=1.0, metadata={"help": "Weight of the next-token loss decoded from posterior samples."}
     )
     prior_ntp_weight: float = field(
-        default=0.0,
+        default=1.0,
         metadata={
             "help": "Weight of a next-token loss decoded from PRIOR samples, the hybrid objective of Sohn et al. 2015. Not "
             "in the paper; one more short branch."
@@ -65,8 +66,8 @@ class AMVLSFTConfig(SFTConfig):
         },
     )
     kl_order: str = field(
-        default="forward_first",
-        metadata={"help": "`forward_first` (the paper's), `reverse_first` (its ablation) or `together`."},
+        default="together",
+        metadata={"help": "`together`, `forward_first` (the paper's) or `reverse_first` (its ablation)."},
     )
     kl_warmup_steps: float = field(
         default=0.1,

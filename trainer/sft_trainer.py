@@ -100,7 +100,7 @@ class AMVLSFTTrainer(SFTTrainer):
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
-            model = self._load(model, args, processing_class.latent_token_id)
+            model = self._load(model, args, processing_class)
             args.model_init_kwargs = None
         self._check_model(model, peft_config)
         if peft_config is not None:
@@ -150,13 +150,15 @@ class AMVLSFTTrainer(SFTTrainer):
         return AMVLProcessor.from_backbone(processing_class)
 
     @staticmethod
-    def _load(name, args, latent_token_id):
+    def _load(name, args, processor):
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
         if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
-        return AMVLForConditionalGeneration.from_backbone(name, latent_token_id=latent_token_id, **settings)
+        return AMVLForConditionalGeneration.from_backbone(
+            name, latent_token_id=processor.latent_token_id, initial_token_id=processor.answer_start_id, **settings
+        )
 
     @staticmethod
     def _check_model(model, peft_config):

@@ -1,11 +1,6 @@
-"""A tiny LLaVA of stock classes, from scratch: its tokenizer, its weights, and plain SFT to teach it."""
-
-import os
-from pathlib import Path
-from typing import Any
+"""A tiny LLaVA of stock classes, from scratch: its tokenizer and its weights."""
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -14,15 +9,11 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
-    ProcessorMixin,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
 
-NUM_WORKERS = min(1, (os.cpu_count() or 1) - 1)  # processes that read rows beside the one that trains
 PAD, BOS, END, IMAGE = "<pad>", "<s>", "<|end|>", "<image>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = """\
@@ -143,7 +134,7 @@ def build_llava(
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision_size,
-            intermediate_size=2 * vision_size,
+            intermediate_size=4 * vision_size,
             num_hidden_layers=vision_layers,
             num_attention_heads=4,
             image_size=image_size,
@@ -175,70 +166,3 @@ def build_llava(
         positions = model.model.vision_tower.embeddings.position_embedding.weight  # (1 + patches, vision size)
         positions[1:] = grid_positions(image_size // patch_size, positions.shape[1])
     return model, processor
-
-
-def train_sft(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    rows: Dataset,
-    output_dir: str | Path,
-    num_steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    **config: Any,
-) -> list[float]:
-    """
-    Plain SFT on the answers, by TRL's stock `SFTTrainer` with its progress bar: fp32, cosine schedule, 5% warm-up.
-
-    Args:
-        model (`PreTrainedModel`):
-            The stock VLM, trained in place. Parameters with `requires_grad=False` (a frozen vision encoder) stay.
-        processor (`ProcessorMixin`):
-            Its processor, with a chat template.
-        rows (`Dataset`):
-            Rows in TRL's prompt/completion format, with `images`; shuffled here.
-        output_dir (`str` or `Path`):
-            Folder that the trainer may write to. No checkpoint is saved.
-        num_steps (`int`):
-            Optimiser steps of `batch_size` rows each, as many passes over `rows` as that takes.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Rows per step and device.
-        learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Peak of the cosine schedule.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the order of rows.
-        config:
-            Further fields of `SFTConfig`, which win over the ones above.
-
-    Returns:
-        `list[float]`: the training loss in nats per answer token, logged twenty times along the run. The model is left
-        in evaluation mode.
-    """
-    arguments = {
-        "output_dir": str(output_dir),
-        "max_steps": num_steps,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, num_steps // 20),
-        "weight_decay": 0.01,
-        "adam_beta2": 0.95,
-        "seed": seed,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": None,  # a cut prompt would lose image tokens
-        "logging_steps": max(1, num_steps // 20),
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "dataloader_num_workers": NUM_WORKERS,
-    }
-    trainer = SFTTrainer(
-        model=model, args=SFTConfig(**(arguments | config)), train_dataset=rows, processing_class=processor
-    )
-    trainer.train()
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

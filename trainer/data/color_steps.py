@@ -5,38 +5,48 @@ it; the eight form one ring. `Where is red?` takes one look, `1 step from red?` 
 three that build on one another. Questions are as terse as that to keep sequences short.
 """
 
+import io
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 from PIL import ImageDraw
 
-from .photo_questions import (
-    COLORS,
+from .photos import load_photos, split_photos
+from .shapes import (
+    ALL_COLORS,
     DIRECTIONS,
-    FEATURES,
     GRID,
     PLACES,
     PREPOSITIONS,
     SHAPES,
-    SPLITS,
-    Puzzle,
-    check_arguments,
     draw_shape,
     random_box,
     random_crop,
-    to_row,
 )
-from .photos import load_photos, split_photos
 
 
-ALL_COLORS = {**COLORS, "orange": (255, 130, 0), "white": (250, 250, 250)}  # sRGB, 8 bits
 IMAGE_SIZE = 72  # pixels: 24 for each cell of the grid
 CAPTIONS = ("list_colors", "list_insides", "list_shapes", "walk")  # many looks, one for each word of the answer
 ONE_LOOK = ("color", "shape", "counting", "location", "neighbor_color", "1_step")
 MULTI_HOP = ("2_steps", "3_steps", "4_steps")
 KINDS = (*CAPTIONS, *ONE_LOOK, *MULTI_HOP)
 NUM_TURNS = len(ALL_COLORS)  # after as many rows of a kind each of its start colours has had its turn
+SPLITS = ("train", "held_out")
+MIN_IMAGE_SIZE = 48  # pixels: below, a cell has fewer than 16 x 16 pixels
+
+_CONTENT = datasets.List({"type": datasets.Value("string"), "text": datasets.Value("string")})
+_MESSAGES = datasets.List({"role": datasets.Value("string"), "content": _CONTENT})
+FEATURES = datasets.Features(
+    {
+        "images": datasets.List(datasets.Image()),
+        "prompt": _MESSAGES,
+        "completion": _MESSAGES,
+        "kind": datasets.Value("string"),
+        "photo": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+    }
+)
 
 
 class Shape(NamedTuple):
@@ -119,7 +129,7 @@ def draw_shapes(rng, canvas, shapes):
     """Draws shapes with their cores onto a picture, each somewhere in its cell."""
     draw = ImageDraw.Draw(canvas)
     for shape in shapes:
-        box = random_box(rng, canvas.width // GRID, *shape.cell, 0.8, 0.95)
+        box = random_box(rng, canvas.width // GRID, *shape.cell)
         draw_shape(draw, shape.outline, box, ALL_COLORS[shape.color])
         left, top, right, bottom = box
         size, middle = right - left + 1, (left + right) / 2
@@ -127,6 +137,22 @@ def draw_shapes(rng, canvas, shapes):
         radius = 0.19 * size
         core = (middle - radius, center - radius, middle + radius, center + radius)
         draw_shape(draw, "circle", core, ALL_COLORS[shape.core])
+
+
+def _check_arguments(kinds, split, num_rows, seed, image_size):
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"`kinds` must name some of {list(KINDS)}, but got {list(kinds)}.")
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {list(SPLITS)}, but got '{split}'.")
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, but got {num_rows}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be zero or more, but got {seed}.")
+    if image_size < MIN_IMAGE_SIZE or image_size % GRID:
+        raise ValueError(
+            f"`image_size` must be a multiple of {GRID}, at least {MIN_IMAGE_SIZE}, but got {image_size}."
+        )
 
 
 def build_color_steps(
@@ -164,18 +190,19 @@ def build_color_steps(
         split_seed (`int`, defaults to 5): which photographs are held out.
 
     Returns:
-        `datasets.Dataset`: the columns of [`build_photo_questions`]: `images`, `prompt`, `completion`, `kind`, `photo` and
-        `choices`, which is empty for captions.
+        `datasets.Dataset`: columns `images` (one RGB image of `image_size` x `image_size`), `prompt` and `completion` (TRL's
+        conversational format, one message each), `kind`, `photo` (name of the photograph behind the shapes) and `choices` (the
+        possible answers; none for captions). An image part of a prompt carries `text: None`, as Arrow requires.
 
     Raises:
         ValueError: an argument out of range, or `image_dir` is unusable, see [`load_photos`].
     """
     kinds = tuple(kinds)
-    check_arguments(kinds, KINDS, split, num_rows, seed, image_size)
+    _check_arguments(kinds, split, num_rows, seed, image_size)
     photos = load_photos(image_dir)
     names = sorted(split_photos(photos, split_seed)[split])
     if not names:
-        raise ValueError(f"`image_dir` leaves no photograph for {split!r}: add some.")
+        raise ValueError(f"`image_dir` '{image_dir}' leaves no photograph for {split!r}: add some.")
     rows = []
     for index in range(num_rows):
         turn, position = divmod(index, len(kinds))
@@ -197,4 +224,14 @@ def _row(rng, kind, turn, photos, names, image_size):
         start = next(shape for shape in shapes if shape.color == color)
         question, answer = _question(kind, shapes, start, rng)
     draw_shapes(rng, canvas, shapes)
-    return to_row(Puzzle(canvas, question, photo, answer), kind, choices_of(kind))
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", compress_level=1)
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    return {
+        "images": [{"bytes": buffer.getvalue(), "path": None}],
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+        "kind": kind,
+        "photo": photo,
+        "choices": choices_of(kind),
+    }

@@ -4,7 +4,7 @@ Shapes: N rows, K latent slots, Z latent size, D model size.
 """
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .interventions import (
     zero,
 )
 from .leakage import copying, divergence, norm_ratio
-from .questions import is_right, read_letter, read_questions, with_answer, wrong_answers
+from .questions import is_right, read_letter, read_questions, with_wrong_answers
 from .structure import cosines, probe, relative_distance, typical_distance
 from .verdict import decide
 
@@ -64,10 +64,7 @@ def diagnose(model, processor, rows, controls=None, batch_size=64, seed=0, max_n
     """
     questions = read_questions(rows)
     check_questions(questions, processor, max_new_tokens)
-    wrong = [
-        replace(question, gold=answer, completion=with_answer(question, answer))
-        for question, answer in zip(questions, wrong_answers(questions, seed))
-    ]
+    wrong = with_wrong_answers(questions, seed)
     read = read_latents(model, processor, rows, questions, batch_size, wrong)
     latents, num_slots = read.prior[0], read.prior[0].shape[1]
     alike = same_latents(latents)

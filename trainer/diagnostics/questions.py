@@ -3,7 +3,7 @@
 import random
 import re
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..collator import parts_of, split_turns, text_of
 from ..evaluation.reply import read_reply
@@ -153,3 +153,11 @@ def with_answer(question, answer):
     if isinstance(question.completion, str):
         return answer
     return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+def with_wrong_answers(questions, seed=0):
+    """The questions with one of [`wrong_answers`] in the place of the gold answer."""
+    return [
+        replace(question, completion=with_answer(question, answer), gold=answer)
+        for question, answer in zip(questions, wrong_answers(questions, seed))
+    ]

@@ -1,7 +1,6 @@
-"""Asks a model questions, by greedy generation; scores the answers to a dataset word for word."""
+"""Asks a model questions, by greedy generation."""
 
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
@@ -143,43 +142,3 @@ def _lengths(new, eos_token_id):
     ends = torch.isin(new, torch.as_tensor(eos_token_id, device=new.device))
     first = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
     return first.tolist()
-
-
-def accuracy_by_kind(answers, gold, kinds):
-    """
-    Share of answers that equal the gold text, per kind.
-
-    Args:
-        answers (`list[str]`), gold (`list[str]`), kinds (`list[str]`): one entry per row.
-
-    Returns:
-        `dict[str, float]`: by kind in order of appearance, and `"mean"`, the unweighted mean over kinds.
-    """
-    hits = defaultdict(list)
-    for answer, right, kind in zip(answers, gold, kinds, strict=True):
-        hits[kind].append(answer == right.strip())
-    scores = {kind: sum(values) / len(values) for kind, values in hits.items()}
-    return {**scores, "mean": sum(scores.values()) / len(scores)}
-
-
-def format_table(columns, row_names):
-    """
-    A table of scores as Markdown, aligned for a terminal.
-
-    Args:
-        columns (`dict[str, dict[str, float]]`): scores in 0..1 by column and row.
-        row_names (`list[str]`): rows in their order.
-
-    Returns:
-        `str`: scores in per cent.
-    """
-    first = max(len("kind"), *map(len, row_names))
-    widths = {name: max(len(name), 5) for name in columns}
-    lines = [
-        f"| {'kind':<{first}} | " + " | ".join(f"{name:>{widths[name]}}" for name in columns) + " |",
-        f"|{'-' * (first + 2)}|" + "|".join("-" * (widths[name] + 1) + ":" for name in columns) + "|",
-    ]
-    for row in row_names:
-        cells = (f"{100 * column[row]:>{widths[name]}.1f}" for name, column in columns.items())
-        lines.append(f"| {row:<{first}} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..photo_questions import COLORS
+from ..shapes import COLORS
 
 
 SUB = 16  # drawing units per pixel

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from ..photo_questions import COLORS
+from ..shapes import COLORS
 from .camera import Box, Photos, crop
 from .canvas import (
     BLACK,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..photo_questions import COLORS
+from ..shapes import COLORS
 from .camera import Box, Photo, Photos, crop
 from .canvas import (
     BLACK,
