@@ -9,14 +9,18 @@ many at a time as there are processors; what is done is kept, and the same comma
 ablation.png and results.json. Offline, on CPUs; needs `pip install -e '.[demo]'`.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
 import subprocess
+import threading
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,8 +43,13 @@ class AblationArguments:
 
     output_dir: str = field(default="ablation", metadata={"help": "Where runs, table and picture go."})
     arms: list[str] | None = field(default=None, metadata={"help": "Names of arms; all by default."})
-    num_seeds: int = field(default=3, metadata={"help": "Seeds of every arm, from 0."})
-    num_main_seeds: int = field(default=5, metadata={"help": "Seeds of the default, same-data SFT and pause tokens."})
+    num_seeds: int = field(
+        default=3,
+        metadata={"help": "Seeds of every arm, from 1: with 0 the base was trained, and defaults were chosen."},
+    )
+    num_main_seeds: int = field(
+        default=5, metadata={"help": "Seeds of the default and the controls it is held against."}
+    )
     num_steps: int = field(default=800, metadata={"help": "Optimiser steps."})
     num_train_rows: int = field(default=8000, metadata={"help": "Rows about training photographs."})
     num_test_rows: int = field(default=1000, metadata={"help": "Rows about held-out photographs."})
@@ -56,8 +65,10 @@ class AblationArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.num_test_rows < 4:
             raise ValueError(f"`num_test_rows` must be at least 4, two of each kind, got {self.num_test_rows}.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}.")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("`matplotlib` is needed for the picture and is missing: `pip install -e '.[demo]'`.")
         known = [arm.name for arm in ARMS]
         unknown = [name for name in self.arms or [] if name not in known]
         if unknown or self.arms == []:
@@ -76,9 +87,9 @@ def plan(arguments):
     most = max(arguments.num_seeds, arguments.num_main_seeds)
     return [
         (arm, seed)
-        for seed in range(most)
+        for seed in range(1, most + 1)
         for arm in chosen
-        if seed < (arguments.num_main_seeds if arm.main else arguments.num_seeds)
+        if seed <= (most if arm.main else arguments.num_seeds)
     ]
 
 
@@ -96,14 +107,19 @@ def read_record(path, arm, seed, budget):
     """
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        ran = {name: record[name] for name in ("arm", "seed", "budget")}
+        if not record["right"]["own"] or not record["commit"]:
+            raise KeyError("right")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` is no record of a run ({error!r}): remove the file to run it again.") from error
     asked = {"arm": arm.settings, "seed": seed, "budget": budget}
-    if any(record[name] != value for name, value in asked.items()):
-        ran = {name: record[name] for name, value in asked.items() if record[name] != value}
-        wanted = {name: asked[name] for name in ran}
+    differ = [name for name in asked if ran[name] != asked[name]]
+    if differ:
         raise ValueError(
-            f"`{path}` was run with {ran}, and {wanted} is asked for: use another `output_dir`, or remove the file to run it "
-            "again."
+            f"`{path}` was run with {[ran[name] for name in differ]}, and {[asked[name] for name in differ]} is asked for: use "
+            "another `output_dir`, or remove the file to run it again."
         )
     return record
 
@@ -112,35 +128,43 @@ def run_and_keep(arm, seed, budget, path):
     """Trains and measures an arm in a process of its own, and writes its record."""
     from trainer.ablation.run import run_arm  # loads what the parent does not need
 
+    source = {"commit": commit(), "date": date.today().isoformat()}  # before it trains: the checkout may change
     with TemporaryDirectory(prefix="amvl-ablation-") as scratch:
         found = run_arm(arm, seed, **budget, output_dir=scratch)
-    write_atomically(path, json.dumps({"arm": arm.settings, "seed": seed, "budget": budget, **found}))
+    write_atomically(path, json.dumps({"arm": arm.settings, "seed": seed, "budget": budget, **source, **found}))
+
+
+def follow_parent():
+    """Ends this process with the one that started it, which a pool's processes would outlive where it is killed."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def commit():
-    """The commit of this checkout, with a mark where files differ from it; `None` outside of git."""
+    """The commit of this checkout, with a mark where files differ from it; `"unknown"` outside of git."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "unknown"
 
 
 def write_page(folder, arguments, records):
     """RESULTS.md, ablation.png and results.json of what has been run."""
-    summary = summarise(records)
-    facts, settings = facts_line(machine_facts()), {**arguments.budget, "date": date.today().isoformat()}
-    settings["commit"] = commit()
+    summary, runs = summarise(records), [record for by_seed in records.values() for record in by_seed.values()]
+    facts = facts_line(machine_facts())
+    commits, days = (sorted({record[name] for record in runs}) for name in ("commit", "date"))
     draw(summary, ARMS, folder / "ablation.png")
+    settings = {**arguments.budget, "commits": commits, "dates": days}
     results = {"settings": settings, "machine": facts, "verdict": verdict(summary), "arms": summary}
     write_atomically(folder / "results.json", json.dumps(results, indent=1) + "\n")
     budget = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in arguments.budget.items())
-    seconds = [record["seconds_per_step"] for by_seed in records.values() for record in by_seed.values()]
+    seconds = [record["seconds_per_step"] for record in runs]
     page = f"""\
 # What each part is worth
 
-Written by `python recipes/ablate_amvl.py`, whose docstring says what is compared; {settings["date"]}, commit {settings["commit"]}.
-{facts}. {budget}; {len(seconds)} runs, {min(seconds):.2f} to {max(seconds):.2f} s a step, {arguments.num_processes} at a time.
+Written by `python recipes/ablate_amvl.py`, whose docstring says what is compared; {" to ".join(days)}, commit {", ".join(commits)}.
+{facts}. {budget}; {len(runs)} runs, {min(seconds):.2f} to {max(seconds):.2f} s a step, {arguments.num_processes} at a time.
 
 {verdict(summary)}
 
@@ -148,12 +172,14 @@ Written by `python recipes/ablate_amvl.py`, whose docstring says what is compare
 
 {table(summary, ARMS)}
 
-Accuracy on held-out photographs in per cent, differences in points, with Student's 95% interval over seeds; rows, their order and
-the initial heads differ from seed to seed and are the same for all arms of one. *1 step* is what the base was taught, *2 steps* takes
-a second look. *over SFT*: 2 steps, minus same-data SFT of the same seed and as many steps. *another's Z*: what it costs on 2 steps when
-each row answers with another row's latents. *posterior Z*: 2 steps, with latents that have read the right answer. *latents off*: 2 steps,
-the same weights without them. *copied*: how often the answer is the wrong one that the posterior has read, over both kinds; the leak.
-Guessing among the colours that can be the answer gives 16.7 on 2 steps.
+Accuracy on held-out photographs in per cent, differences in points, with Student's 95% interval over seeds, which is wide where some
+seeds get there and others do not; results.json has the value of each. Rows, their order and the initial heads differ from seed
+to seed and are the same for all arms of one. The base was taught *1 step* and never asked *2 steps*. *minus SFT*, *minus AMVL*: 2 steps,
+minus same-data SFT, and minus the default, of the same seed. *another's Z*: what it costs on 2 steps when each row answers with another
+row's latents. *posterior Z*: 2 steps, with latents that have read the right answer. *off*: 2 steps, the same weights without latents.
+*copied*: how often the answer is the wrong one that the posterior has read, and how often it is that one anyway, over both
+kinds: the difference is the leak. Guessing among the colours that can be the answer gives 16.7 on 2 steps. *prior-decoded loss alone* has
+neither posterior nor KL: a second pass through the same layers, and nothing variational.
 
 Temperature of the default's latents, 2 steps:
 
@@ -174,17 +200,17 @@ def main(arguments):
             f"`output_dir` is {folder}, where another process runs the ablation: use another one."
         ) from None
     with lock:
-        runs, records, missing = plan(arguments), defaultdict(dict), []
-        for arm, seed in runs:
+        runs, records = plan(arguments), defaultdict(dict)
+        # What was run before is shown, too, whatever is asked for now.
+        for arm, seed in product(ARMS, range(1, max(seed for _, seed in runs) + 1)):
             record = read_record(record_path(folder, arm, seed), arm, seed, arguments.budget)
-            if record is None:
-                missing.append((arm, seed))
-            else:
+            if record is not None:
                 records[arm.name][seed] = record
+        missing = [(arm, seed) for arm, seed in runs if seed not in records[arm.name]]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done, {arguments.num_processes} at a time.")
         os.environ["TQDM_DISABLE"] = "1"  # in the processes that train; the bar here says how far all of it is
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(arguments.num_processes, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(arguments.num_processes, mp_context=spawn, initializer=follow_parent) as pool:
             futures = {
                 pool.submit(run_and_keep, arm, seed, arguments.budget, record_path(folder, arm, seed)): (arm, seed)
                 for arm, seed in missing
@@ -193,7 +219,13 @@ def main(arguments):
                 arm, seed = futures[future]
                 try:
                     future.result()
-                except BaseException:
+                except BrokenProcessPool as error:
+                    error.add_note(
+                        "A process that trained was killed, by want of memory perhaps: lower `num_processes`."
+                    )
+                    raise
+                except BaseException as error:
+                    error.add_note(f"This was {arm.name!r} with seed {seed}; the same command goes on with it.")
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
                 records[arm.name][seed] = read_record(record_path(folder, arm, seed), arm, seed, arguments.budget)

@@ -1,6 +1,6 @@
 """Answers with one verdict whether the latents of an AMVL checkpoint are used.
 
-    python recipes/diagnose_amvl.py amvl-demo color_steps
+    python recipes/diagnose_amvl.py amvl-demo color_steps --controls sft=amvl-demo-sft
     python recipes/diagnose_amvl.py my/checkpoint data/paper --update_card --controls sft=my/sft base=HuggingFaceTB/SmolVLM-Instruct
 
 The data is a folder that recipes/prepare_data.py or recipes/make_puzzles.py wrote, a Hub id or folder in another form named by
@@ -26,6 +26,7 @@ from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer.data.color_steps import build_color_steps
 from trainer.data.sources import READERS, read_rows
+from trainer.demo import KINDS
 from trainer.diagnostics import pictures
 from trainer.diagnostics.diagnose import ask_control, diagnose
 from trainer.diagnostics.relevance import relevance_maps
@@ -53,6 +54,12 @@ class DiagnoseArguments:
     )
     dataset_split: str | None = field(
         default=None, metadata={"help": "`test` of prepared data, `held_out` photographs, `val` of others by default."}
+    )
+    kinds: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of `color_steps`, its kinds of question; those that the embedded default learns, by default."
+        },
     )
     controls: list[str] = field(
         default_factory=list,
@@ -83,6 +90,10 @@ class DiagnoseArguments:
             raise ValueError(f"`controls` are {self.controls}: each needs a name of its own.")
         if self.dataset_format is not None and self.dataset_format not in FORMATS:
             raise ValueError(f"`dataset_format` must be one of {FORMATS}, got {self.dataset_format!r}.")
+        if self.kinds is not None and format_of(self) != MADE:
+            raise ValueError(
+                f"`kinds` is {self.kinds}, but `{self.data}` has its own: leave it out, it is for {MADE!r}."
+            )
         if self.update_card:
             if not (Path(self.checkpoint) / "README.md").is_file():
                 raise ValueError(f"`update_card` needs a card, but `{self.checkpoint}` is no folder with a README.md.")
@@ -113,7 +124,7 @@ def load_rows(arguments):
     """At most `max_rows` questions, drawn at random."""
     form, split = format_of(arguments), arguments.dataset_split
     if form == MADE:
-        return build_color_steps(arguments.max_rows, split or "held_out", arguments.seed)
+        return build_color_steps(arguments.max_rows, split or "held_out", arguments.seed, arguments.kinds or KINDS)
     if form == "prepared":
         splits = load_dataset(arguments.data)
         if (split or "test") not in splits:

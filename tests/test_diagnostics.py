@@ -467,6 +467,7 @@ def test_a_stock_model_and_data_that_nobody_knows_are_refused(checkpoint, tmp_pa
         (("--max_rows", "1"), "`max_rows` must be at least 2, got 1"),
         (("--seed", "-1"), "`seed` must be at least 0, got -1"),
         (("--dataset_format", "csv"), "`dataset_format` must be one of"),
+        (("--dataset_format", "blink", "--kinds", "color"), r"`kinds` is \['color'\], but `color_steps` has its own"),
     ):
         with pytest.raises(ValueError, match=message):
             command(checkpoint / "amvl", "color_steps", *words)

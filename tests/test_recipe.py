@@ -130,7 +130,7 @@ def loading_lines(output):
 
 def printed_answer(output):
     """What the run says that the model answers."""
-    (said,) = re.findall(r"^It says ('.*'|\".*\"); right is '.*'\.$", output, re.MULTILINE)
+    (said,) = re.findall(r"^It says ('.*'|\".*\"); right is '.*'\. The control is in .*-sft\.$", output, re.MULTILINE)
     return said[1:-1]
 
 
@@ -156,6 +156,9 @@ def assert_demo_output(output, folder, num_rows):
     card = ModelCard.load(folder / "README.md")
     assert "amvl" in card.data.tags and card.text.lstrip().startswith(f"# {folder.name}\n")
     assert not list(folder.rglob("checkpoint-*")) and (folder / "model.safetensors").is_file()
+    control = folder.with_name(f"{folder.name}-sft")
+    assert AutoModelForImageTextToText.from_pretrained(control).config.model_type == "llava"
+    assert AutoProcessor.from_pretrained(control).tokenizer.pad_token == "<pad>"
 
 
 SMALL = {"num_train_rows": 60, "num_test_rows": 20, "num_steps": 6, "batch_size": 8}
@@ -218,7 +221,7 @@ def test_photographs_of_the_users_own_make_the_demo_and_its_lines_work_from_anot
 
 def test_too_few_photographs_are_refused_before_training(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "only.png")
-    with pytest.raises(ValueError, match="Add photographs"):
+    with pytest.raises(ValueError, match="leaves no photograph for .held_out.: add some"):
         run_demo(DemoArguments(output_dir=str(tmp_path / "out"), image_dir=str(tmp_path), **SMALL))
 
 

@@ -1,7 +1,6 @@
 """The embedded default: the base that ships with this package, more plain SFT and AMVL on top, one table for all of them."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class DemoArguments:
     seed: int = field(default=0, metadata={"help": "Of latents, questions and training."})
     num_train_rows: int = field(default=8000, metadata={"help": "Questions about training photographs."})
     num_test_rows: int = field(default=1000, metadata={"help": "Questions about held-out photographs."})
-    num_steps: int = field(default=1000, metadata={"help": "Steps of AMVL on top of the base, and of plain SFT."})
+    num_steps: int = field(default=800, metadata={"help": "Steps of AMVL on top of the base, and of plain SFT."})
     batch_size: int = field(default=64, metadata={"help": "Rows per step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of both."})
     num_latents: int = field(default=2, metadata={"help": "Latent slots."})
@@ -46,7 +45,8 @@ class DemoArguments:
 
 def run_demo(arguments):
     """
-    Trains control and AMVL model, prints one table on held-out photographs, and saves the AMVL checkpoint.
+    Trains control and AMVL model, prints one table on held-out photographs, and saves both, the control with `-sft` behind
+    its folder's name.
 
     Args:
         arguments ([`DemoArguments`]): settings.
@@ -86,8 +86,11 @@ def run_demo(arguments):
     backbone, stock_processor = load_base()
     score("base", backbone, stock_processor, "no_latents")
     backbone.get_encoder(modality="image").requires_grad_(False)
-    train_sft(backbone, stock_processor, train_rows, output_dir / "sft", **shared)
+    control_dir = output_dir.with_name(f"{output_dir.name}-sft")
+    train_sft(backbone, stock_processor, train_rows, control_dir, **shared)
     score("more SFT", backbone, stock_processor, "no_latents")
+    backbone.save_pretrained(control_dir)
+    stock_processor.save_pretrained(control_dir)
 
     print(
         f"\nAMVL: the base, {arguments.num_steps} steps with {arguments.num_latents} latents, vision encoder frozen."
@@ -109,7 +112,6 @@ def run_demo(arguments):
     score("latents off", model, processor, "no_latents")
     score("posterior Z", model, processor, "posterior")
 
-    shutil.rmtree(output_dir / "sft", ignore_errors=True)  # TRL makes the folder, nothing is in it
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
     curves = plot_training_curves(trainer.state.log_history, output_dir / "curves.png", "AMVL on the embedded base")
@@ -126,7 +128,7 @@ def run_demo(arguments):
     question = next(part["text"] for part in test_rows[0]["prompt"][0]["content"] if part["type"] == "text")
     print(f"\nCheckpoint: {output_dir}, curves: {curves}. To ask it, anywhere, with torch and transformers alone:\n")
     print(LOADING_LINES.format(folder=output_dir, image=output_dir / "example.png", question=question))
-    print(f"\nIt says {answers[0]!r}; right is {gold[0]!r}.")
+    print(f"\nIt says {answers[0]!r}; right is {gold[0]!r}. The control is in {control_dir}.")
     return columns
 
 

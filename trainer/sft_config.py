@@ -5,6 +5,19 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 
+# The fields that make up the objective.
+OBJECTIVE = (
+    "beta",
+    "gamma",
+    "ntp_weight",
+    "prior_ntp_weight",
+    "kl_reduction",
+    "kl_order",
+    "kl_warmup_steps",
+    "kl_delay_steps",
+)
+
+
 @dataclass
 class AMVLSFTConfig(SFTConfig):
     r"""

@@ -19,7 +19,7 @@ from .collator import AMVLDataCollator
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
 from .selftest import self_test
-from .sft_config import AMVLSFTConfig
+from .sft_config import OBJECTIVE, AMVLSFTConfig
 
 
 logger = logging.getLogger(__name__)
@@ -368,19 +368,7 @@ class AMVLSFTTrainer(SFTTrainer):
             self._write_card(self.args.output_dir, model_name, dataset_name)
 
     def _write_card(self, folder, model_name=None, dataset_name=None):
-        shown = (
-            "beta",
-            "gamma",
-            "ntp_weight",
-            "prior_ntp_weight",
-            "kl_reduction",
-            "kl_order",
-            "kl_warmup_steps",
-            "kl_delay_steps",
-            "freeze_vision",
-            "learning_rate",
-            "seed",
-        )
+        shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
         settings = {name: getattr(self.args, name) for name in shown}
         settings["optimiser steps"] = self.state.global_step
         settings["rows per step"] = (

@@ -11,6 +11,7 @@ from .run import TEMPERATURES
 
 DEFAULT, SFT = "AMVL", "same-data SFT"
 GUESSING = 1 / 6  # of two steps, for who knows that neither the start nor one step from it is the answer
+LEAST_SEEDS = 3  # that a verdict takes
 NEEDED = 0.1  # what a swap of Z has to cost on questions of several steps, for latents to be called used
 
 
@@ -22,13 +23,13 @@ def interval(values):
         values (`Sequence[float]`): one per seed.
 
     Returns:
-        `dict[str, float | None]`: `mean`, `low` and `high`; the last two `None` for a single seed.
+        `dict`: `mean`, `low` and `high`, the last two `None` for a single seed, and the `values`.
     """
-    mean = float(np.mean(values))
+    mean, values = float(np.mean(values)), [float(value) for value in values]
     if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
+        return {"mean": mean, "low": None, "high": None, "values": values}
     half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "values": values}
 
 
 def accuracy(record, choice="own", kinds=MULTI_HOP):
@@ -45,14 +46,18 @@ def summarise(records):
 
     Returns:
         `dict[str, dict]`: by arm, `seeds`, and as [`interval`] returns them: `one_step` and `multi_hop`, accuracies with the
-        latents that inference gives; `over_sft`, `multi_hop` minus that of same-data SFT of the same seed, where that was run; of
-        AMVL models `swap`, what another row's Z costs there, `posterior`, `off`, and `tau 0.2` and so on, accuracies there;
+        latents that inference gives; `over_sft` and `over_default`, `multi_hop` minus that of same-data SFT, and of the default, of
+        the same seed, over the seeds that both have; of AMVL models `swap`, what another row's Z costs there, `posterior`, `off`, and `tau 0.2` and so on, accuracies there;
         `copied` and `copied_anyway` over all rows; `forward_kl` and `reverse_kl` in nats per slot.
     """
-    return {name: _summary(by_seed, records.get(SFT, {}) if name != SFT else {}) for name, by_seed in records.items()}
+    references = {"over_sft": SFT, "over_default": DEFAULT}
+    return {
+        name: _summary(by_seed, {key: records.get(other, {}) for key, other in references.items() if other != name})
+        for name, by_seed in records.items()
+    }
 
 
-def _summary(by_seed, control):
+def _summary(by_seed, references):
     seeds = sorted(by_seed)
     found = defaultdict(list)
     for seed in seeds:
@@ -60,8 +65,9 @@ def _summary(by_seed, control):
         own = accuracy(record)
         found["one_step"].append(accuracy(record, kinds=("1_step",)))
         found["multi_hop"].append(own)
-        if seed in control:
-            found["over_sft"].append(own - accuracy(control[seed]))
+        for key, reference in references.items():
+            if seed in reference:
+                found[key].append(own - accuracy(reference[seed]))
         if len(record["right"]) > 1:
             found["swap"].append(accuracy(record, "another's") - own)
             for choice in ("posterior", "off", *(f"tau {tau}" for tau in TEMPERATURES)):
@@ -83,12 +89,12 @@ def verdict(summary):
     Returns:
         `str`: says what is missing where arms or seeds are.
     """
-    arm = summary.get(DEFAULT)
-    if arm is None or SFT not in summary or arm["multi_hop"]["low"] is None or arm["over_sft"]["low"] is None:
-        return f"No verdict: it takes {DEFAULT} and {SFT} with the same two seeds or more."
-    over, swap, num_seeds = arm["over_sft"], arm["swap"], len(arm["seeds"])
+    over = summary.get(DEFAULT, {}).get("over_sft")
+    if over is None or len(over["values"]) < LEAST_SEEDS:
+        return f"No verdict: it takes {DEFAULT} and {SFT} with the same seeds, {LEAST_SEEDS} or more."
+    swap, num_seeds = summary[DEFAULT]["swap"], len(over["values"])
     beats = "beats" if over["low"] > 0 else "does not beat"
-    used = "are used" if swap["high"] <= -NEEDED else "are not shown to be used"
+    used = "are used" if round(swap["high"] + NEEDED, 9) <= 0 else "are not shown to be used"
     return (
         f"On questions of two steps AMVL with prior latents {beats} same-data SFT of as many optimiser steps: "
         f"{_points(over)} points over {num_seeds} seeds. Its latents {used}: another row's Z changes the accuracy by {_points(swap)} "
@@ -106,6 +112,10 @@ def _points(found, sign=True):
     return f"{mean} ({shape.format(100 * found['low'])} to {shape.format(100 * found['high'])})"
 
 
+def _percent(found):
+    return "-" if found is None else f"{100 * found['mean']:.1f}"
+
+
 def table(summary, arms):
     """
     The table as Markdown, its arms in their order and in groups.
@@ -117,7 +127,18 @@ def table(summary, arms):
     Returns:
         `str`: per cent and points, with 95% intervals over seeds.
     """
-    header = ("arm", "seeds", "1 step", "2 steps", "over SFT", "another's Z", "posterior Z", "latents off", "copied")
+    header = (
+        "arm",
+        "seeds",
+        "1 step",
+        "2 steps",
+        "minus SFT",
+        "minus AMVL",
+        "another's Z",
+        "posterior Z",
+        "off",
+        "copied",
+    )
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     group = None
     for arm in arms:
@@ -130,11 +151,13 @@ def table(summary, arms):
         cells = [
             arm.name,
             str(len(found["seeds"])),
-            f"{100 * found['one_step']['mean']:.1f}",
+            _percent(found["one_step"]),
             _points(found["multi_hop"], sign=False),
             _points(found.get("over_sft")),
+            _points(found.get("over_default")),
             _points(found.get("swap")),
-            *(f"{100 * found[name]['mean']:.1f}" if name in found else "-" for name in ("posterior", "off", "copied")),
+            *(_percent(found.get(name)) for name in ("posterior", "off")),
+            f"{_percent(found['copied'])} / {_percent(found['copied_anyway'])}" if "copied" in found else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

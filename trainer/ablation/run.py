@@ -56,14 +56,14 @@ def run_arm(arm, seed, num_steps, num_train_rows, num_test_rows, batch_size, lea
     if arm.kind == "amvl":
         model, processor = add_latents(**{**LATENTS, **arm.latents})
         start = time.perf_counter()
-        train_amvl(model, processor, train_rows, output_dir, **shared, **arm.training)
+        train_amvl(model, processor, train_rows, output_dir, **{**shared, **arm.training})
     else:
         model, processor = load_base()
         model.get_encoder(modality="image").requires_grad_(False)
         if arm.kind == "pause":
             add_pauses(model, processor, LATENTS["num_latents"])
         start = time.perf_counter()
-        train_sft(model, processor, train_rows, output_dir, **shared)
+        train_sft(model, processor, train_rows, output_dir, **{**shared, **arm.training})
     seconds = time.perf_counter() - start
     return {**measure(model, processor, test_rows, seed), "seconds_per_step": seconds / shared["num_steps"]}
 
