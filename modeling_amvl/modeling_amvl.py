@@ -151,7 +151,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 has no tokenizer. The table grows only if it has no such row; a row that is new starts at its mean.
             initial_token_id (`int`, *optional*): id of the token whose embedding the placeholder starts as, best
                 `AMVLProcessor.answer_start_id`: what the model knows to say after the prompt is then in the latents from the
-                start. By default the placeholder's row stays as it is. Not stated in the paper.
+                start. `generate` never says the placeholder then. By default its row stays as it is. Not stated in the paper.
             initial_log_variance, min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
             **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
 
@@ -207,6 +207,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             with torch.no_grad():
                 embeddings = backbone.get_input_embeddings().weight
                 embeddings[latent_token_id] = embeddings[initial_token_id]
+            # Where the table is the output layer's, too, the placeholder would now be as likely as that token.
+            suppressed = backbone.generation_config.suppress_tokens or []
+            backbone.generation_config.suppress_tokens = sorted({*suppressed, latent_token_id})
 
         training = backbone.training
         model = cls(config, backbone)

@@ -189,15 +189,29 @@ class AMVLProcessor(ProcessorMixin):
 
     @property
     def answer_start_id(self) -> int | None:
-        """`int`: Id of the token that an answer follows, the last of a prompt; `None` without a chat template.
+        """`int`: Id of the token that an answer follows in a chat, such as the last one of the assistant's header.
 
-        What `AMVLForConditionalGeneration.from_backbone` takes as `initial_token_id`.
+        What `AMVLForConditionalGeneration.from_backbone` takes as `initial_token_id`. `None`, with a warning, where there is
+        no chat template or where it renders no such turn.
         """
-        if self.chat_template is None:
-            return None
-        turn = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        prompt = self.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1]
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
+        try:
+            prompt = self.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+            chat = self.apply_chat_template([question, answer], tokenize=False)
+        except Exception as error:  # templates raise what they like
+            reason = str(error)
+        else:
+            # As in training: a prompt may hold more than the header that precedes an answer already given.
+            start = os.path.commonprefix([prompt, chat])
+            if ids := self.tokenizer(start, add_special_tokens=False)["input_ids"]:
+                return ids[-1]
+            reason = "a question renders as nothing"
+        logger.warning(
+            f"The chat template gives no token that an answer follows ({reason}): the `{self.latent_token}` placeholder will "
+            "start as it is, which takes longer to learn. Pass an `initial_token_id` of your own to `from_backbone`."
+        )
+        return None
 
     @property
     def image_budget(self) -> dict:

@@ -79,7 +79,7 @@ def refuse_token(backbone, latent_token_id, num_rows):
 def refuse_initial_token(initial_token_id, latent_token_id, num_rows):
     if initial_token_id is None:
         return
-    is_row = isinstance(initial_token_id, int) and 0 <= initial_token_id < num_rows
+    is_row = type(initial_token_id) is int and 0 <= initial_token_id < num_rows  # a `bool` is an `int`, too
     if not is_row or initial_token_id == latent_token_id:
         raise ValueError(
             f"`initial_token_id` is {initial_token_id!r}: it must be a row of the embedding table, which has {num_rows}, and "

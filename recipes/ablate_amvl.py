@@ -50,7 +50,7 @@ class AblationArguments:
     num_main_seeds: int = field(
         default=5, metadata={"help": "Seeds of the default and the controls it is held against."}
     )
-    num_steps: int = field(default=800, metadata={"help": "Optimiser steps."})
+    num_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
     num_train_rows: int = field(default=8000, metadata={"help": "Rows about training photographs."})
     num_test_rows: int = field(default=1000, metadata={"help": "Rows about held-out photographs."})
     batch_size: int = field(default=64, metadata={"help": "Rows per step."})
@@ -140,6 +140,18 @@ def follow_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def finished(future, arm, seed):
+    """Raises what a run raised, and says which it was."""
+    try:
+        future.result()
+    except BrokenProcessPool as error:
+        error.add_note("A process that trained was killed, by want of memory perhaps: lower `num_processes`.")
+        raise
+    except BaseException as error:
+        error.add_note(f"This was {arm.name!r} with seed {seed}; the same command goes on with it.")
+        raise
+
+
 def commit():
     """The commit of this checkout, with a mark where files differ from it; `"unknown"` outside of git."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"]
@@ -206,7 +218,7 @@ def main(arguments):
             record = read_record(record_path(folder, arm, seed), arm, seed, arguments.budget)
             if record is not None:
                 records[arm.name][seed] = record
-        missing = [(arm, seed) for arm, seed in runs if seed not in records[arm.name]]
+        missing = [(arm, seed) for arm, seed in runs if seed not in records.get(arm.name, {})]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done, {arguments.num_processes} at a time.")
         os.environ["TQDM_DISABLE"] = "1"  # in the processes that train; the bar here says how far all of it is
         spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -215,21 +227,15 @@ def main(arguments):
                 pool.submit(run_and_keep, arm, seed, arguments.budget, record_path(folder, arm, seed)): (arm, seed)
                 for arm, seed in missing
             }
-            for future in tqdm(as_completed(futures), total=len(futures), desc="Runs", disable=not futures):
-                arm, seed = futures[future]
-                try:
-                    future.result()
-                except BrokenProcessPool as error:
-                    error.add_note(
-                        "A process that trained was killed, by want of memory perhaps: lower `num_processes`."
-                    )
-                    raise
-                except BaseException as error:
-                    error.add_note(f"This was {arm.name!r} with seed {seed}; the same command goes on with it.")
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                records[arm.name][seed] = read_record(record_path(folder, arm, seed), arm, seed, arguments.budget)
-                write_page(folder, arguments, records)
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc="Runs", disable=not futures):
+                    arm, seed = futures[future]
+                    finished(future, arm, seed)
+                    path = record_path(folder, arm, seed)
+                    records[arm.name][seed] = read_record(path, arm, seed, arguments.budget)
+                    write_page(folder, arguments, records)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # whatever went wrong, no further run is begun
         print("\n" + write_page(folder, arguments, records))
 
 

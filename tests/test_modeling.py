@@ -684,6 +684,26 @@ def test_the_placeholder_starts_as_the_token_that_is_named(family, latent_token_
     assert torch.equal(table[row], before[7])
     others = torch.arange(len(before)) != row
     assert torch.equal(table[: len(before)][others], before[others])
+    assert model.generation_config.suppress_tokens == [row]
+
+
+@pytest.mark.parametrize("latents", ["prior", "off"])
+def test_a_placeholder_that_shares_its_row_with_the_output_is_never_said(latents):
+    """In a tied table it is as likely as the token it was copied from, here one that the model loves to say."""
+    backbone = build_backbone("llava")
+    backbone.get_output_embeddings().weight = backbone.get_input_embeddings().weight
+    prompts = make_prompts("llava", PADDED)
+    with torch.no_grad():
+        favourite = int(backbone(**prompts).logits[:, -1].mean(0).argmax())
+        backbone.get_output_embeddings().weight[favourite] *= 3
+    model = AMVLForConditionalGeneration.from_backbone(
+        backbone, 3, 8, latent_token_id=LATENT_TOKEN, initial_token_id=favourite
+    ).eval()
+    torch.manual_seed(0)
+    decoder = model if latents == "prior" else model.backbone
+    said = decoder.generate(**prompts, do_sample=True, max_new_tokens=20, eos_token_id=None)
+    said = said[:, prompts["input_ids"].shape[1] :]
+    assert (said == favourite).any() and not (said == LATENT_TOKEN).any()
 
 
 @families
@@ -818,6 +838,7 @@ def test_a_folder_that_cannot_carry_latents_is_refused(make, message, tmp_path):
         ({"initial_token_id": VOCAB_SIZE}, ValueError, f"`initial_token_id` is {VOCAB_SIZE}: it must be a row"),
         ({"initial_token_id": -1}, ValueError, "`initial_token_id` is -1"),
         ({"initial_token_id": "<s>"}, ValueError, "`initial_token_id` is '<s>'"),
+        ({"initial_token_id": True}, ValueError, "`initial_token_id` is True"),
         (
             {"initial_token_id": 5, "latent_token_id": 5},
             ValueError,

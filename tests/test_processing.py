@@ -346,13 +346,35 @@ def test_latent_token_is_one_new_special_token(build):
     assert set(stock.tokenizer.all_special_tokens) < set(processor.tokenizer.all_special_tokens)
 
 
-def test_the_token_that_an_answer_follows_ends_every_prompt(build):
+USER = "{%- for m in messages -%}<{{ m['role'] }}>{%- for p in m['content'] -%}{{ p.get('text', '') }}{%- endfor -%}"
+FOLLOWED = {
+    "header": (USER + "{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{%- endif -%}", "<assistant>"),
+    "newline": (
+        USER.replace("}}>{%-", "}}>{{ '\n' }}{%-", 1)
+        + "{%- endfor -%}{%- if add_generation_prompt -%}<assistant>{{ '\n' }}{%- endif -%}",
+        "\n",
+    ),
+    "thinks": (USER + "{%- endfor -%}{%- if add_generation_prompt -%}<assistant><think>{%- endif -%}", "<assistant>"),
+    "no generation prompt": (USER + "{%- endfor -%}", "?"),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_the_token_that_an_answer_follows_is_the_last_before_it(build, case, caplog):
+    template, followed = FOLLOWED[case]
     processor = AMVLProcessor.from_backbone(build())
-    turn = [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}]
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    assert processor.answer_start_id == processor.tokenizer(prompt, add_special_tokens=False)["input_ids"][-1]
-    processor.chat_template = None
+    processor.chat_template = template
+    last = processor.tokenizer(f"x{followed}", add_special_tokens=False)["input_ids"][-1]
+    assert processor.answer_start_id == last
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{# nothing #}"])
+def test_without_such_a_token_it_says_so(build, template, caplog):
+    processor = AMVLProcessor.from_backbone(build())
+    processor.chat_template = template
     assert processor.answer_start_id is None
+    assert "no token that an answer follows" in caplog.text
 
 
 def test_a_token_that_exists_keeps_its_id():

@@ -1,7 +1,7 @@
-"""The embedded base: a small LLaVA that plain SFT taught to see, whose language model has two layers, so two looks.
+"""The embedded base: a small LLaVA that plain SFT taught to see, with two layers of language model to think in.
 
-It describes pictures of [`color_steps`](data/color_steps.py), answers their questions of one look, and walks step by step when each
-step may be written down. Questions of several steps it has never been asked: they are what latents are tried on.
+It describes pictures of [`color_steps`](data/color_steps.py), answers most of their questions of one look, and walks step by step when
+each step may be written down. Questions of several steps it has never been asked: they are what latents are tried on.
 """
 
 import re
