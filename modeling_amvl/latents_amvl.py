@@ -43,20 +43,24 @@ class GaussianHead(nn.Module):
 
     @torch.no_grad()
     def reset(self, log_variance):
-        """Starts with means of unit variance and every log-variance at the given value."""
+        """Starts with means of unit variance, in directions at right angles, and every log-variance at the given value."""
         self.norm.reset_parameters()
-        nn.init.normal_(self.mean.weight, std=self.mean.in_features**-0.5)
+        nn.init.orthogonal_(self.mean.weight, gain=max(1.0, self.mean.out_features / self.mean.in_features) ** 0.5)
         nn.init.normal_(self.log_variance.weight, std=0.1 * self.log_variance.in_features**-0.5)
         nn.init.zeros_(self.mean.bias)
         nn.init.constant_(self.log_variance.bias, log_variance)
 
 
 @torch.no_grad()
-def reset_projection(projection, embedding_norm, log_variance):
-    """Scales `projection` (Z to D) so that a fresh latent of that log-variance enters with `embedding_norm`."""
-    second_moment = 1.0 + math.exp(log_variance)  # of one latent dimension, see GaussianHead.reset
-    fan = projection.in_features * projection.out_features
-    nn.init.normal_(projection.weight, std=embedding_norm / math.sqrt(fan * second_moment))
+def reset_projection(projection, mean, embedding_norm, log_variance):
+    """
+    Starts `projection` (Z to D) as the way back of a head's `mean` (D to Z), so that a latent enters as what it was read off.
+
+    Scaled so that a fresh latent of that log-variance enters with `embedding_norm`.
+    """
+    gain = max(1.0, mean.out_features / mean.in_features)  # squared, see GaussianHead.reset
+    energy = gain * (gain + math.exp(log_variance)) * min(mean.in_features, mean.out_features)
+    projection.weight.copy_(mean.weight.T * embedding_norm / math.sqrt(energy))
     nn.init.zeros_(projection.bias)
 
 

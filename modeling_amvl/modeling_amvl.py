@@ -221,12 +221,17 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return model.train(training)
 
     def reset_latents(self):
-        """Starts prior and posterior as the same map, and the projection at the norm of a typical token embedding."""
+        """
+        Starts prior and posterior as the same map, and the projection as its way back, at the norm of a typical token embedding.
+
+        A fresh latent so enters the decoder as the state that it was read off, as in Coconut (arXiv 2412.06769); with fewer
+        dimensions than the model has, as the part that they hold. Not stated in the paper.
+        """
         config = self.config
         log_variance = min(max(config.initial_log_variance, config.min_log_variance), config.max_log_variance)
         self.prior_head.reset(log_variance)
         self.posterior_head.load_state_dict(self.prior_head.state_dict())
-        reset_projection(self.latent_projection, self.typical_embedding_norm(), log_variance)
+        reset_projection(self.latent_projection, self.prior_head.mean, self.typical_embedding_norm(), log_variance)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

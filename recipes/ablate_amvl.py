@@ -50,7 +50,7 @@ class AblationArguments:
     num_main_seeds: int = field(
         default=5, metadata={"help": "Seeds of the default and the controls it is held against."}
     )
-    num_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    num_steps: int = field(default=500, metadata={"help": "Optimiser steps."})
     num_train_rows: int = field(default=8000, metadata={"help": "Rows about training photographs."})
     num_test_rows: int = field(default=1000, metadata={"help": "Rows about held-out photographs."})
     batch_size: int = field(default=64, metadata={"help": "Rows per step."})

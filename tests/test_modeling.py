@@ -742,6 +742,20 @@ def test_a_fresh_latent_enters_with_the_norm_of_a_typical_token(family, temperat
     assert norms.min() / typical > 0.5 and norms.max() / typical < 2
 
 
+@pytest.mark.parametrize("latent_size", [HIDDEN_SIZE, 3 * HIDDEN_SIZE, HIDDEN_SIZE // 2])
+def test_a_fresh_latent_enters_as_the_state_that_it_was_read_off(latent_size):
+    model = build_model("llava", latent_size=latent_size)
+    states = torch.randn(50, HIDDEN_SIZE)
+    with torch.no_grad():
+        entered = model.latent_projection(model.prior_head(states)[0])
+    cosine = torch.nn.functional.cosine_similarity(entered, model.prior_head.norm(states).detach(), dim=-1)
+    if latent_size < HIDDEN_SIZE:  # as the part of it that they hold: half of its square
+        assert float(cosine.mean()) == pytest.approx(0.5**0.5, abs=0.05)
+    else:
+        assert cosine.min() > 0.999
+    assert float(entered.norm(dim=-1).mean()) == pytest.approx(model.typical_embedding_norm(), rel=0.1)
+
+
 @families
 def test_a_fresh_posterior_is_the_prior(family):
     model = AMVLForConditionalGeneration.from_backbone(build_backbone(family), latent_token_id=LATENT_TOKEN)

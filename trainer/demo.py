@@ -36,7 +36,7 @@ class DemoArguments:
     seed: int = field(default=0, metadata={"help": "Of latents, questions and training."})
     num_train_rows: int = field(default=8000, metadata={"help": "Questions about training photographs."})
     num_test_rows: int = field(default=1000, metadata={"help": "Questions about held-out photographs."})
-    num_steps: int = field(default=1000, metadata={"help": "Steps of AMVL on top of the base, and of plain SFT."})
+    num_steps: int = field(default=500, metadata={"help": "Steps of AMVL on top of the base, and of plain SFT."})
     batch_size: int = field(default=64, metadata={"help": "Rows per step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of both."})
     num_latents: int = field(default=2, metadata={"help": "Latent slots."})

@@ -22,7 +22,8 @@ class Arm:
         group (`str`): the part of the table.
         kind (`"amvl"`, `"sft"` or `"pause"`, defaults to `"amvl"`): what is trained.
         training (`dict`): fields of [`AMVLSFTConfig`] that differ from its defaults; of SFT, of [`~trl.SFTConfig`].
-        latents (`dict`): arguments of [`add_latents`] that differ from `LATENTS`.
+        latents (`dict`): arguments of [`add_latents`] that differ from `LATENTS`; `random_projection` starts the projection from
+            noise of the same norm.
         length (`int`, defaults to 1): times the optimiser steps of the others.
         main (`bool`, defaults to `False`): run with every seed, not only with the first ones.
     """
@@ -71,6 +72,7 @@ ARMS = (
     Arm("gamma 0.001", "one step from the default", training={"gamma": 0.001}),
     Arm("KL as a sum", "one step from the default", training={"kl_reduction": "sum"}),
     Arm("placeholder not warm", "one step from the default", latents={"initial_token_id": None}),
+    Arm("projection at random", "one step from the default", latents={"random_projection": True}),
     Arm("k = 1", "k and d", latents={"num_latents": 1}),
     Arm("k = 8", "k and d", latents={"num_latents": 8}),
     Arm("d = 16", "k and d", latents={"latent_size": 16}),

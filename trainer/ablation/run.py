@@ -54,7 +54,12 @@ def run_arm(arm, seed, num_steps, num_train_rows, num_test_rows, batch_size, lea
     )
     torch.manual_seed(seed)
     if arm.kind == "amvl":
-        model, processor = add_latents(**{**LATENTS, **arm.latents})
+        latents = {**LATENTS, **arm.latents}
+        random_projection = latents.pop("random_projection", False)
+        model, processor = add_latents(**latents)
+        if random_projection:
+            weight = model.latent_projection.weight
+            torch.nn.init.normal_(weight, std=float(weight.detach().square().mean().sqrt()))
         start = time.perf_counter()
         train_amvl(model, processor, train_rows, output_dir, **{**shared, **arm.training})
     else:
