@@ -10,6 +10,7 @@ The real thing, every field overridable on the command line:
 """
 
 import logging
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,11 +20,13 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
+from trainer.data.files import is_hub_id
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import report_of
 from trainer.data.reader import licence_text
 from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
+from trainer.hub import push_folder
 from trainer.sft_trainer import model_type_of
 
 
@@ -71,7 +74,7 @@ class AMVLScriptArguments(ScriptArguments):
     merge_lora: bool = field(
         default=True,
         metadata={
-            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged."
+            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged, and push that one."
         },
     )
 
@@ -213,7 +216,8 @@ def load_model(arguments, model_config, processor):
     return AMVLForConditionalGeneration.from_backbone(
         name,
         latent_token_id=processor.latent_token_id,
-        initial_token_id=processor.answer_start_id,
+        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
+        initial_token_id=None if model_config.use_peft else processor.answer_start_id,
         **latents,
         **settings,
     )
@@ -250,13 +254,20 @@ def main(arguments, training_args, model_config):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
-    trainer.save_model(training_args.output_dir)
-    if model_config.use_peft and arguments.merge_lora and trainer.is_world_process_zero():
+    trainer.save_model(training_args.output_dir, _internal_call=True)  # pushed below, when all is saved
+    dataset_name = arguments.dataset_name if is_hub_id(arguments.dataset_name) else None  # no path goes into a card
+    merges = model_config.use_peft and arguments.merge_lora
+    if training_args.push_to_hub and not merges:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    if merges and trainer.is_world_process_zero():
+        folder = Path(training_args.output_dir) / "merged"
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(f"{training_args.output_dir}/merged")
-        processor.save_pretrained(f"{training_args.output_dir}/merged")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset_name)
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        trainer.create_model_card(dataset_name=dataset_name)
+        shutil.copy(folder.parent / "README.md", folder)
+        if training_args.push_to_hub:  # the adapter is left out: it carries no code, and would be loaded instead
+            push_folder(folder, trainer.hub_model_id, training_args.hub_token, training_args.hub_revision)
 
 
 if __name__ == "__main__":

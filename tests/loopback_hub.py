@@ -6,6 +6,10 @@ huggingface_hub reads its endpoint at import and speaks through sockets of its o
         subprocess.run([sys.executable, "-c", "..."], env=hub.environment(tmp_path / "hf_home"), check=True)
         assert hub.models["user/name"].files["model.safetensors"].lfs
 
+What goes wrong is data: requests that match are answered with an error, or cut off, so many times:
+
+    hub.faults = [Fault("PUT /lfs/", 503, times=2), Fault("POST .*/commit/", "cut answer", times=1)]
+
 Written against huggingface_hub 2.4. Writing asks for the token, reading does not. One branch, `main`; commits can be
 read by their hash. No pull requests, no gated or private repositories, no Xet.
 """
@@ -13,8 +17,10 @@ read by their hash. No pull requests, no gated or private repositories, no Xet.
 import base64
 import hashlib
 import json
+import math
 import os
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +28,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-TOKEN = "dummy"
+TOKEN = "hf_ThisTokenMustNotBeWrittenAnywhere"
+READ_TOKEN = "hf_ThisOneMayReadButNotWrite"
 USER = "loopback"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".zip", ".npz", ".png", ".jpg")  # as in .gitattributes
 REPOSITORY = r"(?P<id>[^/]+/[^/]+)"
@@ -70,6 +77,25 @@ class Repository:
         return self.commits[self.head]
 
 
+@dataclass
+class Fault:
+    """What goes wrong with some requests.
+
+    Attributes:
+        request (`str`): Regular expression that the beginning of "METHOD /path" must match.
+        kind (`int` or `str`): A status, answered without doing anything; `"cut upload"`: half of the body is read, nothing
+            is done, and the connection closed; `"cut answer"`: all is done, and the connection closed halfway through
+            the answer.
+        times (`float`): How many requests are left that it happens to; for ever by default.
+        headers (`dict[str, str]`): Of the answer.
+    """
+
+    request: str
+    kind: int | str
+    times: float = math.inf
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 class HubError(Exception):
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message)
@@ -83,6 +109,7 @@ class LoopbackHub:
         endpoint (`str`): What clients need as `HF_ENDPOINT`; `environment` gives all that they need.
         models, datasets (`dict[str, Repository]`): The repositories by id, to look into from a test.
         requests (`list[str]`): "METHOD /path" of each request, in order of arrival.
+        faults (`list[Fault]`): What goes wrong, the first that matches; empty at first.
     """
 
     def __init__(self):
@@ -90,6 +117,7 @@ class LoopbackHub:
         self.datasets: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.faults: list[Fault] = []
         self.lock = threading.Lock()
 
     def __enter__(self) -> "LoopbackHub":
@@ -114,6 +142,16 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
+
+    def next_fault(self, request: str) -> Fault | None:
+        """Notes a request and returns what goes wrong with it."""
+        with self.lock:
+            self.requests.append(request)
+            for fault in self.faults:
+                if fault.times > 0 and re.match(fault.request, request):
+                    fault.times -= 1
+                    return fault
+        return None
 
     def repository(self, kind: str | None, id: str) -> Repository:
         repositories = self.datasets if kind and kind.startswith("datasets") else self.models
@@ -151,7 +189,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{'datasets/' if is_dataset else ''}{id}"
         return status, {}, {"url": url, "id": id, "name": id}
 
+    def auth_check(self, body, kind, id):
+        self.hub.repository(kind, id)
+        self.check_token()
+        return 200, {}, {}
+
     def validate_yaml(self, body):
+        ids = re.search(r"^datasets:\n((?:- .*\n)+)", json.loads(body)["content"], re.MULTILINE)
+        for id in re.findall(r"- (.*)", ids[1]) if ids else ():
+            if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", id):
+                return 400, {}, {"errors": [{"message": f'"datasets" with value {id} is not valid'}], "warnings": []}
         return 200, {}, {"errors": [], "warnings": []}
 
     def preupload(self, body, kind, id, revision):
@@ -241,6 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
     ROUTES = [
         ("GET", r"/api/whoami-v2", whoami),
         ("POST", r"/api/repos/create", create),
+        ("GET", KIND + r"/auth-check/write", auth_check),
         ("POST", r"/api/validate-yaml", validate_yaml),
         ("POST", KIND + r"/preupload/(?P<revision>[^/]+)", preupload),
         ("POST", KIND + r"/commit/(?P<revision>[^/]+)", commit),
@@ -252,27 +300,56 @@ class _Handler(BaseHTTPRequestHandler):
     ]
 
     def do_GET(self):
-        body = self.read_body()  # also when it is refused: an unread body would spoil the next request
         path = urlsplit(self.path).path
-        method = "GET" if self.command == "HEAD" else self.command
-        try:
-            with self.hub.lock:
-                self.hub.requests.append(f"{self.command} {path}")
-                if method != "GET" and "/lfs/" not in path and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    raise HubError(401, "Unauthorized", "Invalid username or password.")
-                status, headers, answer = self.route(method, path)(body)
-        except HubError as error:
-            status, answer = error.status, {"error": str(error)}
-            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+        fault = self.hub.next_fault(f"{self.command} {path}")
+        if fault and fault.kind == "cut upload":
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            return self.hang_up()
+        body = self.read_body()  # also when it is refused: an unread body would spoil the next request
+        if fault and fault.kind != "cut answer":
+            status, headers, answer = (
+                fault.kind,
+                fault.headers,
+                f"<html>{fault.kind}</html>".encode(),
+            )  # as gateways say it
+        else:
+            status, headers, answer = self.answer(path, body)
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        is_cut = fault and fault.kind == "cut answer"
+        if is_cut and (self.command == "HEAD" or not data):
+            return self.hang_up()
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | headers | {"Content-Length": len(data)}).items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if is_cut else data)
+        if is_cut:
+            self.hang_up()
 
     do_HEAD = do_POST = do_PUT = do_GET
+
+    def answer(self, path: str, body: bytes):
+        method = "GET" if self.command == "HEAD" else self.command
+        try:
+            with self.hub.lock:
+                if method != "GET" and "/lfs/" not in path:
+                    self.check_token()
+                return self.route(method, path)(body)
+        except HubError as error:
+            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+            return error.status, headers, {"error": str(error)}
+
+    def check_token(self):
+        given = self.headers.get("Authorization")
+        if given == f"Bearer {READ_TOKEN}":
+            raise HubError(403, "Forbidden", "This token may not write")
+        if given != f"Bearer {TOKEN}":
+            raise HubError(401, "Unauthorized", "Invalid username or password.")
+
+    def hang_up(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def route(self, method: str, path: str):
         for route_method, pattern, answer in self.ROUTES:

@@ -1,5 +1,6 @@
 """A stock model and its tokenizer travel through the loopback hub from one process to another."""
 
+import http.client
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import READ_TOKEN, TOKEN, Fault, LoopbackHub
 
 
 PUSH = """
@@ -145,3 +146,63 @@ def test_the_hub_refuses(method, path, body, status):
         ask(hub, method, path, body)
     with refusal.value as answer:
         assert answer.status == status and answer.headers["X-Error-Code"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong when it is told to
+# ---------------------------------------------------------------------------------------------------------------------
+
+CREATE = {"name": "x", "organization": "y"}
+
+
+def create(hub):
+    return ask(hub, "POST", "/api/repos/create", CREATE, Authorization=f"Bearer {TOKEN}")
+
+
+def test_a_status_is_answered_so_many_times_and_nothing_is_done():
+    with LoopbackHub() as hub:
+        hub.faults = [Fault("POST /api/repos", 429, times=2, headers={"Retry-After": "7"}), Fault("GET", 503)]
+        for _ in range(2):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                create(hub)
+            with refusal.value as answer:
+                assert (answer.status, answer.headers["Retry-After"]) == (429, "7")
+        assert hub.models == {}
+        create(hub).close()
+        assert list(hub.models) == ["y/x"]
+        for _ in range(9):
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                ask(hub, "GET", "/api/models/y/x")
+
+
+@pytest.mark.parametrize(("kind", "is_done"), [("cut upload", False), ("cut answer", True)])
+def test_a_connection_is_cut_before_or_after_what_was_asked_is_done(kind, is_done):
+    with LoopbackHub() as hub:
+        hub.faults = [Fault("POST /api/repos", kind, times=1)]
+        with pytest.raises((http.client.HTTPException, ConnectionError)):
+            create(hub).read()
+        assert ("y/x" in hub.models) is is_done
+
+
+def test_an_answer_is_cut_in_its_middle():
+    with LoopbackHub() as hub:
+        create(hub).close()
+        whole = ask(hub, "GET", "/y/x/resolve/main/.gitattributes").read()
+        hub.faults = [Fault(".*gitattributes", "cut answer", times=1)]
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            ask(hub, "GET", "/y/x/resolve/main/.gitattributes").read()
+        assert cut.value.partial == whole[: len(whole) // 2] != b""
+
+
+@pytest.mark.parametrize(("token", "status"), [(READ_TOKEN, 403), ("hf_unknown", 401)])
+def test_a_token_without_rights_is_refused(token, status):
+    with LoopbackHub() as hub:
+        create(hub).close()
+        ask(hub, "GET", "/api/models/y/x/auth-check/write", Authorization=f"Bearer {TOKEN}").close()
+        for method, path, body in (
+            ("POST", "/api/repos/create", CREATE),
+            ("GET", "/api/models/y/x/auth-check/write", None),
+            ("POST", "/api/models/y/x/commit/main", {}),
+        ):
+            with pytest.raises(urllib.error.HTTPError, match=str(status)):
+                ask(hub, method, path, body, Authorization=f"Bearer {token}")

@@ -26,7 +26,7 @@ class AMVLSFTConfig(SFTConfig):
     The defaults depart from the paper (arXiv 2607.00461), which decodes from the posterior alone and starts with the forward
     term: what each departure is worth is in recipes/RESULTS.md. Every row of the paper's ablation is a few fields away:
 
-    | objective | fields, with `prior_ntp_weight=0, gamma=0.001` |
+    | objective | fields, with `ntp_weight=1, prior_ntp_weight=0, gamma=0.001` |
     |---|---|
     | NTP only | `beta=0, gamma=0` |
     | forward only | `ntp_weight=0, gamma=0` |
@@ -62,7 +62,8 @@ class AMVLSFTConfig(SFTConfig):
         },
     )
     ntp_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the next-token loss decoded from posterior samples."}
+        default=0.1,
+        metadata={"help": "Weight of the next-token loss decoded from posterior samples; 1 in the paper."},
     )
     prior_ntp_weight: float = field(
         default=1.0,
@@ -112,6 +113,12 @@ class AMVLSFTConfig(SFTConfig):
             "disagree (`multipass='auto'`) or stop (`'shared'`)."
         },
     )
+
+    def __getstate__(self):
+        return {**vars(self), "hub_token": None}  # training_args.bin is a pickle of this, and goes to the Hub
+
+    def __repr__(self):
+        return str(self)  # which hides `hub_token`; a dataclass makes one that shows it
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,6 +16,7 @@ from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .collator import AMVLDataCollator
+from .hub import HubMixin
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
 from .selftest import self_test
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(SFTTrainer):
+class AMVLSFTTrainer(HubMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -100,7 +101,7 @@ class AMVLSFTTrainer(SFTTrainer):
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
-            model = self._load(model, args, processing_class)
+            model = self._load(model, args, processing_class, peft_config)
             args.model_init_kwargs = None
         self._check_model(model, peft_config)
         if peft_config is not None:
@@ -150,14 +151,16 @@ class AMVLSFTTrainer(SFTTrainer):
         return AMVLProcessor.from_backbone(processing_class)
 
     @staticmethod
-    def _load(name, args, processor):
+    def _load(name, args, processor, peft_config):
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
         if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
+        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
+        initial_token_id = processor.answer_start_id if peft_config is None else None
         return AMVLForConditionalGeneration.from_backbone(
-            name, latent_token_id=processor.latent_token_id, initial_token_id=processor.answer_start_id, **settings
+            name, latent_token_id=processor.latent_token_id, initial_token_id=initial_token_id, **settings
         )
 
     @staticmethod

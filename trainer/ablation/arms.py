@@ -8,7 +8,7 @@ from ..sft_config import OBJECTIVE, AMVLSFTConfig
 LATENTS = {"num_latents": 2, "latent_size": 64}
 
 # The paper's objective, without what this project adds. Of what it leaves open, beta and the warm-up are the defaults.
-PAPER = {"prior_ntp_weight": 0.0, "gamma": 0.001, "kl_order": "forward_first"}
+PAPER = {"ntp_weight": 1.0, "prior_ntp_weight": 0.0, "gamma": 0.001, "kl_order": "forward_first"}
 ONE_TERM = {**PAPER, "kl_order": "together"}  # with one KL term there is no other to wait for
 
 
@@ -67,6 +67,7 @@ ARMS = (
     Arm("NTP + reverse", "the paper's objective", training={**ONE_TERM, "beta": 0.0}),
     Arm("NTP + both, reverse first", "the paper's objective", training={**PAPER, "kl_order": "reverse_first"}),
     Arm("NTP + both, forward first", "the paper's objective", training=PAPER),
+    Arm("NTP weight 1", "one step from the default", training={"ntp_weight": 1.0}),
     Arm("no prior-decoded loss", "one step from the default", training={"prior_ntp_weight": 0.0}),
     Arm("forward first", "one step from the default", training={"kl_order": "forward_first"}),
     Arm("gamma 0.001", "one step from the default", training={"gamma": 0.001}),
