@@ -45,7 +45,9 @@ class GaussianHead(nn.Module):
     def reset(self, log_variance):
         """Starts with means of unit variance, in directions at right angles, and every log-variance at the given value."""
         self.norm.reset_parameters()
-        nn.init.orthogonal_(self.mean.weight, gain=max(1.0, self.mean.out_features / self.mean.in_features) ** 0.5)
+        directions = torch.empty_like(self.mean.weight, dtype=torch.float32)  # half precision has no QR
+        nn.init.orthogonal_(directions, gain=max(1.0, self.mean.out_features / self.mean.in_features) ** 0.5)
+        self.mean.weight.copy_(directions)
         nn.init.normal_(self.log_variance.weight, std=0.1 * self.log_variance.in_features**-0.5)
         nn.init.zeros_(self.mean.bias)
         nn.init.constant_(self.log_variance.bias, log_variance)

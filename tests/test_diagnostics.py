@@ -407,6 +407,7 @@ def command(*words):
 
 def test_the_command_leaves_verdict_tables_pictures_and_card(checkpoint, tmp_path, capsys):
     words = ("--max_rows", 40, "--num_sweep_rows", 4, "--batch_size", 40, "--max_new_tokens", 4, "--update_card")
+    words += ("--kinds", "location", "4_steps")
     controls = ("--controls", f"sft={checkpoint / 'stock'}", f"other={checkpoint / 'amvl'}")
     arguments = command(checkpoint / "amvl", "color_steps", "--output_dir", tmp_path, *words, *controls)
     diagnosis = diagnose_amvl.main(arguments)
@@ -416,7 +417,10 @@ def test_the_command_leaves_verdict_tables_pictures_and_card(checkpoint, tmp_pat
     page = (tmp_path / "diagnosis.md").read_text()
     assert page.startswith(f"# Are the latents used?\n\n**Verdict: {word}.** {paragraph}")
     assert (
-        "| `sft` |" in page and "| location | 5 |" in page and "| 4_steps | 4 |" in page and "nan" not in page.lower()
+        "| `sft` |" in page
+        and "| location | 20 |" in page
+        and "| 4_steps | 20 |" in page
+        and "nan" not in page.lower()
     )
     files = {"interventions.png", "gap.png", "sweeps.png", "cosines.png", "kl.png", "relevance.png"}
     assert set(diagnosis["pictures"].values()) == files and diagnosis["left_out"] == []

@@ -129,7 +129,7 @@ def test_the_answer_depends_on_the_latents(family):
     model, prompts = build_model(family), make_prompts(family, ROWS)
     settings = {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True, "output_logits": True}
     latents = torch.randn(3, NUM_LATENTS, LATENT_SIZE)
-    outputs = [model.generate(**prompts, latents=given, **settings) for given in (latents, latents + 1)]
+    outputs = [model.generate(**prompts, latents=given, **settings) for given in (latents, -latents)]
     assert torch.equal(outputs[0].latents, latents)
     assert (outputs[0].logits[0] - outputs[1].logits[0]).abs().amax() > 1e-2
     assert not torch.equal(outputs[0].sequences, outputs[1].sequences)

@@ -101,24 +101,27 @@ def test_weights_never_fall_and_never_exceed_the_full_ones(order):
 
 
 def test_a_delay_beyond_the_run_leaves_the_second_term_off():
-    assert {gamma for _, gamma in trajectory(delay_steps=NUM_STEPS)} == {0.0}
+    assert {gamma for _, gamma in trajectory(delay_steps=NUM_STEPS, order="forward_first")} == {0.0}
     assert {beta for beta, _ in trajectory(delay_steps=NUM_STEPS, order="reverse_first")} == {0.0}
 
 
-def test_by_default_the_reverse_term_sets_in_later_and_stays_weaker(tmp_path):
+def weights_of(config):
+    settings = (config.beta, config.gamma, config.kl_order, config.kl_warmup_steps, config.kl_delay_steps)
+    return [kl_weights(step, NUM_STEPS, *settings) for step in range(NUM_STEPS)]
+
+
+def test_by_default_both_terms_warm_up_together_to_one_weight(tmp_path):
     config = AMVLSFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
-    weights = [
-        kl_weights(
-            step,
-            NUM_STEPS,
-            config.beta,
-            config.gamma,
-            config.kl_order,
-            config.kl_warmup_steps,
-            config.kl_delay_steps,
-        )
-        for step in range(NUM_STEPS)
-    ]
+    weights = weights_of(config)
+    assert all(beta == gamma > 0 for beta, gamma in weights)
+    assert 0 < weights[0][0] < weights[-1][0] == config.beta == config.gamma
+
+
+def test_in_the_papers_order_the_reverse_term_sets_in_later_and_stays_weaker(tmp_path):
+    config = AMVLSFTConfig(
+        str(tmp_path), report_to="none", use_cpu=True, bf16=False, gamma=0.001, kl_order="forward_first"
+    )
+    weights = weights_of(config)
     full_beta = next(step for step, (beta, _) in enumerate(weights) if beta == config.beta)
     first_gamma = next(step for step, (_, gamma) in enumerate(weights) if gamma > 0)
     assert weights[0][0] > 0 and full_beta < first_gamma

@@ -112,6 +112,7 @@ def make_config(tmp_path):
             "self_test": False,  # has tests of its own
             # The paper's objective, which the rows of its ablation depart from.
             "gamma": 0.001,
+            "ntp_weight": 1.0,
             "prior_ntp_weight": 0.0,
             "kl_order": "forward_first",
             # Both KL terms at their full weight from the first step, unless the test is about the schedule.
@@ -950,7 +951,7 @@ def test_a_stock_trainer_trains_on_input_ids_and_labels(make_model, processor, r
             save_strategy="no",
             beta=0.0,
             gamma=0.0,
-            prior_ntp_weight=0.0,
+            ntp_weight=1.0, prior_ntp_weight=0.0,
             freeze_vision=False,
         ),
         train_dataset=rows,

@@ -13,18 +13,19 @@ def ramp(step, start, length):
     return 1.0 if length <= 0 else min(1.0, (step - start + 1) / length)
 
 
-def kl_weights(step, num_steps, beta, gamma, order="forward_first", warmup_steps=0.1, delay_steps=0.3):
+def kl_weights(step, num_steps, beta, gamma, order="together", warmup_steps=0.1, delay_steps=0.3):
     """
     The weights of the forward and of the reverse term at one optimiser step.
 
-    The first term warms up from the start; the second begins after `delay_steps` and warms up as long. The paper calls
-    its order forward-first; its numbers are not stated.
+    A term warms up from the start, or, where it is the second, after `delay_steps` and as long. The paper calls its order
+    forward-first; its numbers are not stated.
 
     Args:
         step (`int`): optimiser steps done, from 0.
         num_steps (`int`): optimiser steps of the whole run.
         beta (`float`), gamma (`float`): full weights of the forward and of the reverse term.
-        order (`"forward_first"`, `"reverse_first"` or `"together"`): which term is first; `"together"` delays neither.
+        order (`"together"`, `"forward_first"` or `"reverse_first"`, defaults to `"together"`): which term is first; `"together"`
+            delays neither.
         warmup_steps (`float`, defaults to 0.1), delay_steps (`float`, defaults to 0.3): steps, or a share of the run
             where below 1.
 
