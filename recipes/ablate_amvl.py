@@ -214,7 +214,7 @@ def main(arguments):
     with lock:
         runs, records = plan(arguments), defaultdict(dict)
         # What was run before is shown, too, whatever is asked for now.
-        for arm, seed in product(ARMS, range(1, max(seed for _, seed in runs) + 1)):
+        for arm, seed in product(ARMS, range(1, max(arguments.num_seeds, arguments.num_main_seeds) + 1)):
             record = read_record(record_path(folder, arm, seed), arm, seed, arguments.budget)
             if record is not None:
                 records[arm.name][seed] = record

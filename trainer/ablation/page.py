@@ -205,7 +205,7 @@ def draw(summary, arms, path):
     if SFT in summary:
         axis.axvline(100 * summary[SFT]["multi_hop"]["mean"], color="gray", linewidth=1, label="same-data SFT")
     axis.set_yticks(range(len(shown)), [arm.name for arm in shown], fontsize=9)
-    axis.set_xlim(0, 100)
+    axis.set_xlim(-2, 102)
     axis.set_xlabel("questions of two steps answered right, per cent; bars: 95% over seeds")
     axis.grid(alpha=0.3, axis="x")
     handles, labels = axis.get_legend_handles_labels()
