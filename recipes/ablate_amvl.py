@@ -45,7 +45,7 @@ class AblationArguments:
     arms: list[str] | None = field(default=None, metadata={"help": "Names of arms; all by default."})
     num_seeds: int = field(
         default=3,
-        metadata={"help": "Seeds of every arm, from 1: with 0 the base was trained, and defaults were chosen."},
+        metadata={"help": "Seeds of every arm, from 1: with 0 the base was trained."},
     )
     num_main_seeds: int = field(
         default=5, metadata={"help": "Seeds of the default and the controls it is held against."}
