@@ -66,14 +66,19 @@ def refuse_token(backbone, latent_token_id, num_rows):
             f"`latent_token_id` is {latent_token_id}, but the embedding table has {num_rows} rows: take a row of it, or "
             "the next one."
         )
-    for config in (backbone.config, backbone.config.get_text_config(decoder=True)):
-        for key, value in config.to_dict().items():
-            if key.endswith(("token_id", "token_index")) and latent_token_id in (
-                value if isinstance(value, list) else [value]
-            ):
-                raise ValueError(
-                    f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own."
-                )
+    for key, token in named_tokens(backbone.config):
+        if token == latent_token_id:
+            raise ValueError(
+                f"`latent_token_id` {latent_token_id} is the model's `{key}`: give the latents one of their own."
+            )
+
+
+def named_tokens(config):
+    """The tokens to which a config, or its text part, gives a role: (name of the setting, id) each."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for key, value in part.to_dict().items():
+            if key.endswith(("token_id", "token_index")):
+                yield from ((key, token) for token in (value if isinstance(value, list) else [value]))
 
 
 def refuse_initial_token(initial_token_id, latent_token_id, num_rows):

@@ -24,9 +24,8 @@ from transformers import AutoModelForImageTextToText, HfArgumentParser
 from model_cards import update_card
 from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from trainer.data.color_steps import build_color_steps
+from trainer.data.color_steps import FIRST_STEPS, build_color_steps
 from trainer.data.sources import READERS, read_rows
-from trainer.demo import KINDS
 from trainer.diagnostics import pictures
 from trainer.diagnostics.diagnose import ask_control, diagnose
 from trainer.diagnostics.relevance import relevance_maps
@@ -124,7 +123,9 @@ def load_rows(arguments):
     """At most `max_rows` questions, drawn at random."""
     form, split = format_of(arguments), arguments.dataset_split
     if form == MADE:
-        return build_color_steps(arguments.max_rows, split or "held_out", arguments.seed, arguments.kinds or KINDS)
+        return build_color_steps(
+            arguments.max_rows, split or "held_out", arguments.seed, arguments.kinds or FIRST_STEPS
+        )
     if form == "prepared":
         splits = load_dataset(arguments.data)
         if (split or "test") not in splits:

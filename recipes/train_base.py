@@ -16,15 +16,7 @@ from trl import TrlParser
 
 from trainer.base import KINDS, build_base
 from trainer.data.color_steps import MULTI_HOP, build_color_steps
-from trainer.evaluation import (
-    accuracy_by_kind,
-    answer_questions,
-    answer_text,
-    chance,
-    constant_answer,
-    constant_answer_accuracy,
-    format_table,
-)
+from trainer.evaluation import accuracy_on, answer_questions, format_table, guesses
 from trainer.tiny_training import train_sft
 
 
@@ -70,12 +62,7 @@ def main(arguments):
         arguments.seed,
     )
     answers = answer_questions(model, processor, test_rows, "no_latents", description="Asking")
-    gold, kinds = [answer_text(row) for row in test_rows.remove_columns("images")], list(test_rows["kind"])
-    columns = {
-        "chance": chance(test_rows),
-        "constant": constant_answer_accuracy(test_rows, constant_answer(asked_rows)),
-        "base": accuracy_by_kind(answers, gold, kinds),
-    }
+    columns = {**guesses(test_rows, asked_rows), "base": accuracy_on(test_rows, answers)}
     (output_dir / "sft").rmdir()  # TRL makes the folder, nothing is in it
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)

@@ -28,8 +28,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-TOKEN = "hf_ThisTokenMustNotBeWrittenAnywhere"
-READ_TOKEN = "hf_ThisOneMayReadButNotWrite"
+TOKEN = "may-write-and-is-written-nowhere"
+READ_TOKEN = "may-read-and-is-written-nowhere"
 USER = "loopback"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".zip", ".npz", ".png", ".jpg")  # as in .gitattributes
 REPOSITORY = r"(?P<id>[^/]+/[^/]+)"

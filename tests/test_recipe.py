@@ -32,12 +32,13 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import sft_amvl
 from recipes.prepare_data import PrepareArguments
 from trainer import AMVLSFTConfig
+from trainer.data.color_steps import FIRST_STEPS as KINDS
 from trainer.data.color_steps import build_color_steps
 from trainer.data.filters import load_filter
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import prepare
 from trainer.data.reader import Reader
-from trainer.demo import KINDS, DemoArguments, run_demo
+from trainer.demo import DemoArguments, run_demo
 from trainer.pictures import PANELS
 
 

@@ -7,22 +7,11 @@ from pathlib import Path
 import torch
 
 from .base import add_latents, load_base
-from .data.color_steps import build_color_steps
+from .data.color_steps import FIRST_STEPS, build_color_steps
 from .diagnostics.interventions import swap_cost
-from .evaluation import (
-    accuracy_by_kind,
-    answer_questions,
-    answer_text,
-    chance,
-    constant_answer,
-    constant_answer_accuracy,
-    format_table,
-)
+from .evaluation import accuracy_on, answer_questions, answer_text, format_table, guesses
 from .pictures import plot_training_curves
 from .tiny_training import train_amvl, train_sft
-
-
-KINDS = ("1_step", "2_steps")  # what the base was taught, and what it never was
 
 
 @dataclass
@@ -58,22 +47,19 @@ def run_demo(arguments):
     output_dir = Path(arguments.output_dir).resolve()  # the lines printed at the end work from any folder
     output_dir.mkdir(parents=True, exist_ok=True)
     train_rows, test_rows = (
-        build_color_steps(num_rows, split, arguments.seed, KINDS, image_dir=arguments.image_dir)
+        build_color_steps(num_rows, split, arguments.seed, FIRST_STEPS, image_dir=arguments.image_dir)
         for num_rows, split in ((arguments.num_train_rows, "train"), (arguments.num_test_rows, "held_out"))
     )
     print(
         f"{len(train_rows)} questions about {len(set(train_rows['photo']))} photographs to train on, {len(test_rows)} about "
         f"{len(set(test_rows['photo']))} others to test on."
     )
-    gold, kinds = [answer_text(row) for row in test_rows.remove_columns("images")], list(test_rows["kind"])
-    columns = {
-        "chance": _with_mean(chance(test_rows)),
-        "constant": _with_mean(constant_answer_accuracy(test_rows, constant_answer(train_rows))),
-    }
+    kinds = list(dict.fromkeys(test_rows["kind"]))
+    columns = {name: _with_mean(scores) for name, scores in guesses(test_rows, train_rows).items()}
 
     def score(name, model, processor, source):
         answers = answer_questions(model, processor, test_rows, source, description=f"Asking: {name}")
-        columns[name] = accuracy_by_kind(answers, gold, kinds)
+        columns[name] = accuracy_on(test_rows, answers)
         return answers
 
     shared = {
@@ -108,14 +94,14 @@ def run_demo(arguments):
     )
     answers = score("AMVL, prior Z", model, processor, "prior")
     swapped = swap_cost(model, processor, test_rows, seed=arguments.seed)
-    columns["another's Z"] = _with_mean({kind: swapped["by_kind"][kind]["swapped"] for kind in dict.fromkeys(kinds)})
+    columns["another's Z"] = _with_mean({kind: swapped["by_kind"][kind]["swapped"] for kind in kinds})
     score("latents off", model, processor, "no_latents")
     score("posterior Z", model, processor, "posterior")
 
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
     curves = plot_training_curves(trainer.state.log_history, output_dir / "curves.png", "AMVL on the embedded base")
-    table = format_table(columns, [*dict.fromkeys(kinds), "mean"])
+    table = format_table(columns, [*kinds, "mean"])
     settings = (
         f"{len(test_rows)} questions about held-out photographs, greedy, exact answers, per cent; k = "
         f"{arguments.num_latents}, d = {arguments.latent_size}, temperature 0, seed {arguments.seed}, images 72 x 72."
@@ -128,7 +114,7 @@ def run_demo(arguments):
     question = next(part["text"] for part in test_rows[0]["prompt"][0]["content"] if part["type"] == "text")
     print(f"\nCheckpoint: {output_dir}, curves: {curves}. To ask it, anywhere, with torch and transformers alone:\n")
     print(LOADING_LINES.format(folder=output_dir, image=output_dir / "example.png", question=question))
-    print(f"\nIt says {answers[0]!r}; right is {gold[0]!r}. The control is in {control_dir}.")
+    print(f"\nIt says {answers[0]!r}; right is {answer_text(test_rows[0])!r}. The control is in {control_dir}.")
     return columns
 
 

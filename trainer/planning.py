@@ -48,7 +48,7 @@ from transformers import AutoModelForImageTextToText
 from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration
 from modeling_amvl.branching_amvl import output_embeddings
 from modeling_amvl.families_amvl import REQUIRED_IN_TRAINING
-from modeling_amvl.refusals_amvl import refuse_backbone, refuse_config
+from modeling_amvl.refusals_amvl import named_tokens, refuse_backbone, refuse_config
 
 from .objective import amvl_loss
 from .sft_trainer import LATENT_MODULES, AMVLSFTTrainer, amvl_model
@@ -110,11 +110,7 @@ def wrap_config(config, num_latents=None, latent_size=None):
 
 def ordinary_token(config):
     """The first id that no setting of a config names."""
-    named = set()
-    for part in (config, config.get_text_config(decoder=True)):
-        for key, value in part.to_dict().items():
-            if key.endswith(("token_id", "token_index")):
-                named.update(value if isinstance(value, list) else [value])
+    named = {token for _, token in named_tokens(config)}
     return next(token for token in range(len(named) + 1) if token not in named)
 
 

@@ -9,8 +9,7 @@ import time
 import torch
 
 from ..base import add_latents, load_base
-from ..data.color_steps import build_color_steps
-from ..demo import KINDS
+from ..data.color_steps import FIRST_STEPS, build_color_steps
 from ..diagnostics.asking import ask, read_latents
 from ..diagnostics.interventions import derange, same_latents, swapped
 from ..diagnostics.leakage import divergence
@@ -40,7 +39,7 @@ def run_arm(arm, seed, num_steps, num_train_rows, num_test_rows, batch_size, lea
     """
     torch.set_num_threads(1)  # arms run side by side, one on a core
     train_rows, test_rows = (
-        build_color_steps(num_rows, split, seed, KINDS)
+        build_color_steps(num_rows, split, seed, FIRST_STEPS)
         for num_rows, split in ((num_train_rows, "train"), (num_test_rows, "held_out"))
     )
     shared = dict(
@@ -101,7 +100,7 @@ def measure(model, processor, rows, seed):
 
     Args:
         model, processor: trained.
-        rows (`datasets.Dataset`): questions of `KINDS`.
+        rows (`datasets.Dataset`): questions of `FIRST_STEPS`.
         seed (`int`): of partners, wrong answers and noise.
 
     Returns:

@@ -30,6 +30,7 @@ IMAGE_SIZE = 72  # pixels: 24 for each cell of the grid
 CAPTIONS = ("list_colors", "list_insides", "list_shapes", "walk")  # many looks, one for each word of the answer
 ONE_LOOK = ("color", "shape", "counting", "location", "neighbor_color", "1_step")
 MULTI_HOP = ("2_steps", "3_steps", "4_steps")
+FIRST_STEPS = ("1_step", "2_steps")  # of the demo and the ablation: what the base was taught, and what it never was
 KINDS = (*CAPTIONS, *ONE_LOOK, *MULTI_HOP)
 NUM_TURNS = len(ALL_COLORS)  # after as many rows of a kind each of its start colours has had its turn
 SPLITS = ("train", "held_out")

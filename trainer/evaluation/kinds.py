@@ -34,6 +34,22 @@ def accuracy_by_kind(answers, gold, kinds):
     return {**scores, "mean": sum(scores.values()) / len(scores)}
 
 
+def accuracy_on(rows, answers):
+    """
+    [`accuracy_by_kind`] of the answers to the rows of a dataset.
+
+    Args:
+        rows (`datasets.Dataset`): with the columns `kind`, `choices` and `completion`.
+        answers (`list[str]`): one per row.
+    """
+    return accuracy_by_kind(answers, [answer_text(row) for row in _labels(rows)], rows["kind"])
+
+
+def guesses(rows, train_rows):
+    """What stands beside every score: [`chance`], and the [`constant_answer`] of the training rows, by name and kind."""
+    return {"chance": chance(rows), "constant": constant_answer_accuracy(rows, constant_answer(train_rows))}
+
+
 def chance(rows):
     """
     Accuracy of guessing among the choices, per kind.
