@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .branching_amvl import PLANS
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
-from .latents_amvl import GaussianHead, reset_projection, sample_latents, upcast
+from .latents_amvl import GaussianHead, draw_noise, reset_projection, sample_latents, upcast
 from .refusals_amvl import (
     EMBEDDING_ROWS_MULTIPLE,
     refuse_backbone,
@@ -302,6 +302,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decode_prior=False,
         decode_no_latents=False,
         latent_temperature=None,
+        noise=None,
         num_items_in_batch=None,
         return_dict=None,
         **inputs,
@@ -321,6 +322,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             decode_no_latents (`bool`, defaults to `False`): also decode with the latents off.
             latent_temperature (`float`, *optional*): of every sample; by default 1 in a step, and the config's without an
                 answer. 0 decodes from the means.
+            noise (`torch.Tensor`, *optional*): `(B, K, Z)`, standard normal; of every sample. Drawn if not given.
             num_items_in_batch (`int`, *optional*): divides the summed loss instead of the number of answer tokens here.
             return_dict (`bool`, *optional*): `False` gives a tuple. PEFT passes `None`.
             **inputs: the backbone's image inputs and per-token inputs of the prompt, as its processor returns them.
@@ -345,10 +347,13 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             targets = completion_ids.masked_fill(completion_mask == 0, -100)
         prompt = self.read_prompt(input_ids, attention_mask, inputs, with_prior=True)
         prior_mean, prior_log_variance = self._read_prior(prompt)
+        if noise is not None:
+            self._refuse_slots("noise", noise, (input_ids.shape[0],))
+            noise = noise.to(prior_mean.device, prior_mean.dtype)
         output = AMVLOutput(prior_mean=prior_mean, prior_log_variance=prior_log_variance)
         if completion_ids is None:
             temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
-            output.latents = sample_latents(prior_mean, prior_log_variance, temperature)
+            output.latents = sample_latents(prior_mean, prior_log_variance, temperature, noise=noise)
             next_ids = input_ids.new_zeros(input_ids.shape[0], 1)  # its logits do not depend on it
             embedded = self.embed_latents(output.latents)
             output.logits = self._decode(prompt, next_ids, torch.ones_like(next_ids), embedded)
@@ -356,7 +361,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         mean, log_variance = self._read_posterior(prompt, completion_ids, completion_mask)
         temperature = 1.0 if latent_temperature is None else latent_temperature
-        noise = torch.randn_like(mean)
+        noise = draw_noise(mean, mean.shape[0]) if noise is None else noise
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
         output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
         embedded = self.embed_latents(output.latents)  # (B, K, D)
@@ -475,7 +480,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         completion_mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
         refuse_completion(input_ids, completion_ids, completion_mask)
         if latents is not None:
-            self._refuse_latents(latents, (input_ids.shape[0],))
+            self._refuse_slots("latents", latents, (input_ids.shape[0],))
         prompt = self.read_prompt(input_ids, attention_mask, inputs)
         embedded = None if latents is None else self.embed_latents(latents)
         logits = self._decode(prompt, completion_ids, completion_mask, embedded)  # (B, A, V)
@@ -500,17 +505,12 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         norms = embeddings(ids[None])[0].float().norm(dim=-1)
         return float(norms[norms > 0].median())
 
-    def _refuse_latents(self, latents, num_rows):
+    def _refuse_slots(self, name, value, num_rows):
         slots = (self.config.num_latents, self.config.latent_size)
-        if (
-            not torch.is_tensor(latents)
-            or latents.ndim != 3
-            or latents.shape[1:] != slots
-            or latents.shape[0] not in num_rows
-        ):
-            got = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+        if not torch.is_tensor(value) or value.ndim != 3 or value.shape[1:] != slots or value.shape[0] not in num_rows:
+            got = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
             rows = " or ".join(str(rows) for rows in num_rows)
-            raise ValueError(f"`latents` must be a tensor of shape ({rows}, {slots[0]}, {slots[1]}), got {got}.")
+            raise ValueError(f"`{name}` must be a tensor of shape ({rows}, {slots[0]}, {slots[1]}), got {got}.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -570,7 +570,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_beams = setting("num_beams", 1)
         num_rows = input_ids.shape[0]
         if latents is not None:
-            self._refuse_latents(latents, (num_rows, num_rows * max(num_beams, setting("num_return_sequences", 1))))
+            self._refuse_slots(
+                "latents", latents, (num_rows, num_rows * max(num_beams, setting("num_return_sequences", 1)))
+            )
         decoding = LatentDecoding(self, num_rows, latents, temperature, generator, noise_per_sequence=num_beams == 1)
         return generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
 

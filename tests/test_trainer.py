@@ -21,12 +21,11 @@ from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingA
 from trl import SFTConfig, SFTTrainer
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor, branching_amvl
-from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
+from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer, sft_trainer
+from trainer.noise import row_noise
 from trainer.objective import forward_kl, reverse_kl
 
 
-# A row draws NUM_LATENTS * LATENT_SIZE normal numbers; torch's CPU stream is the same in one draw for a batch and in
-# one draw for each row where that is a multiple of 16.
 NUM_LATENTS, LATENT_SIZE = 4, 16
 ANSWERS = ("red", "top left", "blue, then green, then red", "2", "right of the circle", "cyan", "0", "no other color")
 
@@ -282,12 +281,11 @@ def test_prior_ntp_weight_adds_the_gradient_of_decoding_from_the_prior(make_trai
     batch = a_batch(plain)
 
     def step_gradients(trainer):
-        torch.manual_seed(1)
         return gradients(trainer.model, trainer.compute_loss(trainer.model, dict(batch)))
 
     def prior_gradients(model):
-        torch.manual_seed(1)
-        return gradients(model, model(**batch, decode_prior=True).prior_loss)
+        noise = row_noise(plain.args.seed, 0, 0, len(batch["input_ids"]), NUM_LATENTS, LATENT_SIZE)
+        return gradients(model, model(**batch, decode_prior=True, noise=noise).prior_loss)
 
     base, total, extra = step_gradients(plain), step_gradients(hybrid), prior_gradients(hybrid.model)
     expected = {name: base.get(name, 0) + weight * extra.get(name, torch.zeros(())) for name in base | extra}
@@ -422,8 +420,22 @@ def test_accumulating_eight_batches_of_one_is_one_batch_of_eight(train, make_mod
         assert difference <= 1e-3 * step + 1e-7, name
 
 
+def test_the_noise_of_a_row_is_its_own_and_the_same_in_any_split_of_the_step():
+    whole = row_noise(0, 3, 0, 8, NUM_LATENTS, LATENT_SIZE)
+    assert whole.shape == (8, NUM_LATENTS, LATENT_SIZE) and whole.dtype == torch.float32
+    assert torch.equal(
+        torch.cat([row_noise(0, 3, first, 2, NUM_LATENTS, LATENT_SIZE) for first in range(0, 8, 2)]), whole
+    )
+    others = [row_noise(0, 4, 0, 8, NUM_LATENTS, LATENT_SIZE), row_noise(1, 3, 0, 8, NUM_LATENTS, LATENT_SIZE)]
+    every = torch.cat([whole, *others]).flatten(1)
+    correlations = torch.corrcoef(every).fill_diagonal_(0).abs()
+    assert correlations.max() < 5 / every.shape[1] ** 0.5
+    many = row_noise(2**32 - 1, 10**6, 10**6, 512, NUM_LATENTS, LATENT_SIZE)
+    assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
+
+
 def test_rows_of_a_step_weigh_by_their_tokens_not_by_their_micro_batch(train, make_model, processor, monkeypatch):
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # latents at their means
+    monkeypatch.setattr(sft_trainer, "row_noise", lambda *args: torch.zeros(args[3:]))  # latents at their means
     # One short and one long answer: the mean over tokens is not the mean of the two means.
     pair = [make_row(0, "red"), make_row(1, "blue, then green, then red, then cyan")]
     trainer = train(
@@ -903,7 +915,7 @@ def test_text_only_rows_train_where_allowed(make_trainer, with_column):
     assert any(name.startswith("prior_head.") for name in moved(before, trainer.model))
 
 
-def test_a_stock_trainer_trains_on_input_ids_and_labels(make_model, processor, rows, tmp_path):
+def test_a_stock_trainer_trains_on_input_ids_and_labels(make_model, processor, rows, tmp_path, monkeypatch):
     def collate(batch):
         apart = AMVLDataCollator(processor)(batch)
         prompt, ids = split_batch(apart)
@@ -936,6 +948,7 @@ def test_a_stock_trainer_trains_on_input_ids_and_labels(make_model, processor, r
     assert {name for name in before if name.startswith(("posterior_head.", "latent_projection."))} <= changed
     assert not any(name.startswith("prior_head.") for name in changed)
 
+    monkeypatch.setattr(sft_trainer, "row_noise", lambda *args: torch.randn(args[3:]))  # as the model draws it
     ours = AMVLSFTTrainer(
         make_model(),
         AMVLSFTConfig(

@@ -17,6 +17,7 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .collator import AMVLDataCollator
 from .hub import HubMixin
+from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
 from .selftest import self_test
@@ -128,6 +129,7 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             )
         self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._num_rows_in_batch = None
+        self._num_batches_run = 0  # by this process, of the step's
         self._embedding_norm = embedding_norm
         self._last_evaluation = {}
         self._self_tested = set()
@@ -204,6 +206,7 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples, device):
+        self._num_batches_run = 0
         if not batch_samples:
             return None
         if any("completion_mask" not in batch for batch in batch_samples):
@@ -226,7 +229,11 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
         if args.self_test and training not in self._self_tested:
             self._self_tested.add(training)
             self._self_test(inputs)
-        sampling = {} if training else {"latent_temperature": amvl_model(self.model).config.latent_temperature}
+        config = amvl_model(self.model).config
+        if training:
+            sampling = {"noise": self._noise(len(inputs["input_ids"]), config)}
+        else:
+            sampling = {"latent_temperature": config.latent_temperature}
         outputs = model(
             **inputs,
             decode_prior=not training or args.prior_ntp_weight > 0,
@@ -262,6 +269,15 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             loss = loss * self.accelerator.num_processes  # the counts are of all devices, and gradients get averaged
         self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
+
+    def _noise(self, num_rows, config):
+        """Of the next batch of this process; batches are dealt out to the processes in turn."""
+        batch = self._num_batches_run * self.args.world_size + self.args.process_index
+        self._num_batches_run += 1
+        first_row = batch * self._train_batch_size
+        return row_noise(
+            self.args.seed, self.state.global_step, first_row, num_rows, config.num_latents, config.latent_size
+        )
 
     def _self_test(self, inputs):
         """Before the first step and the first evaluation: is the plan in use exact on this backbone and machine?"""
