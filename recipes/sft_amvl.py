@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import load_dataset
+from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -242,6 +243,7 @@ def main(arguments, training_args, model_config):
     train_dataset, eval_dataset, reports = load_rows(arguments, processor, evaluates, training_args.seed)
     if not arguments.dataset_streaming:
         save_reports(reports, report_dir, training_args)
+    set_seed(training_args.seed)  # the heads' first weights, the same on every process
     model = load_model(arguments, model_config, processor)
     trainer = AMVLSFTTrainer(
         model,
@@ -254,7 +256,7 @@ def main(arguments, training_args, model_config):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
-    trainer.save_model(training_args.output_dir, _internal_call=True)  # pushed below, when all is saved
+    trainer.save_whole_model(training_args.output_dir)  # pushed below, when all is saved
     dataset_name = arguments.dataset_name if is_hub_id(arguments.dataset_name) else None  # no path goes into a card
     merges = model_config.use_peft and arguments.merge_lora
     if training_args.push_to_hub and not merges:
