@@ -15,6 +15,7 @@ import logging
 import threading
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -298,6 +299,29 @@ def run_prompt(backbone, input_ids, model_kwargs, placeholders=None):
     return outputs, None if placeholders is None else tap.hidden[:, length:]
 
 
+class Cuts:
+    """
+    Where the graph of a step was cut. No list: what casts the tensors of a model's outputs must leave these alone.
+
+    Args:
+        stages (`list[list[tuple[torch.Tensor, torch.Tensor]]]`): pairs of a tensor and of the leaf that took its place in what came
+            after. The backward passes of the outputs stop at leaves; once they have run, those of a stage go on from its tensors
+            with the gradients of its leaves, stage after stage.
+    """
+
+    def __init__(self, stages):
+        self.stages = stages
+
+
+def as_leaf(tensor, pairs):
+    """A leaf in place of a tensor with a graph, both added to `pairs`; anything else as it is."""
+    if not (torch.is_tensor(tensor) and tensor.requires_grad):
+        return tensor
+    leaf = tensor.detach().requires_grad_()
+    pairs.append((tensor, leaf))
+    return leaf
+
+
 class _Prompt:
     """
     A prompt that can be continued; the two subclasses differ in what they run again.
@@ -311,6 +335,10 @@ class _Prompt:
     """
 
     hidden = None
+
+    def cut(self):
+        """Nothing: whole forwards share no graph that could be left for later."""
+        return None
 
     def __init__(self, backbone, input_ids, inputs):
         self.backbone = backbone
@@ -370,6 +398,27 @@ class SharedPrompt(_Prompt):
         prompt.outputs, prompt.cache = outputs, cache
         prompt.last_logits = outputs.logits[:, -1:]
         return prompt
+
+    def cut(self):
+        """
+        Takes the graph of what has run away from the branches to come, for a backward pass that comes to it later.
+
+        Returns:
+            `list[tuple[torch.Tensor, torch.Tensor]]`: each tensor that had a graph, and the leaf that branches read instead; or
+            `None`, and nothing is done, where branches also read what is not in the cache.
+        """
+        if any(tensor.requires_grad for tensor in tree_leaves(self.model_kwargs) if torch.is_tensor(tensor)):
+            return None
+        pairs = []
+        for layer in self.cache.layers:
+            state = vars(layer)
+            for name, value in state.items():
+                if isinstance(value, dict):  # conv and recurrent states
+                    state[name] = {key: as_leaf(item, pairs) for key, item in value.items()}
+                else:
+                    state[name] = as_leaf(value, pairs)
+        self.last_logits = as_leaf(self.last_logits, pairs)
+        return pairs
 
     def branch(self, ids, mask, latents=None, num_predicted=0):
         length = ids.shape[1]

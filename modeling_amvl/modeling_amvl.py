@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .branching_amvl import PLANS
+from .branching_amvl import PLANS, Cuts, as_leaf
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
 from .latents_amvl import GaussianHead, draw_noise, reset_projection, sample_latents, upcast
@@ -65,6 +65,7 @@ class AMVLOutput(ModelOutput):
             `decode_prior=True` only.
         no_latents_loss, no_latents_logits (`torch.Tensor`): as `loss` and `logits`, decoded by the bare backbone from
             `[x, y]`; with `decode_no_latents=True` only.
+        cuts ([`Cuts`]): where the graph was cut; with `in_stages=True` only, and where the plan allows it.
     """
 
     loss: torch.Tensor | None = None
@@ -79,6 +80,7 @@ class AMVLOutput(ModelOutput):
     prior_logits: torch.Tensor | None = None
     no_latents_loss: torch.Tensor | None = None
     no_latents_logits: torch.Tensor | None = None
+    cuts: Cuts | None = None
 
 
 class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -321,6 +323,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         latent_temperature=None,
         noise=None,
         num_items_in_batch=None,
+        in_stages=False,
         return_dict=None,
         **inputs,
     ):
@@ -341,6 +344,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 answer. 0 decodes from the means.
             noise (`torch.Tensor`, *optional*): `(B, K, Z)`, standard normal; of every sample. Drawn if not given.
             num_items_in_batch (`int`, *optional*): divides the summed loss instead of the number of answer tokens here.
+            in_stages (`bool`, defaults to `False`): cut the graph between prompt, posterior and decoders, see `AMVLOutput.cuts`.
             return_dict (`bool`, *optional*): `False` gives a tuple. PEFT passes `None`.
             **inputs: the backbone's image inputs and per-token inputs of the prompt, as its processor returns them.
 
@@ -363,7 +367,11 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             refuse_completion(input_ids, completion_ids, completion_mask)
             targets = completion_ids.masked_fill(completion_mask == 0, -100)
         prompt = self.read_prompt(input_ids, attention_mask, inputs, with_prior=True)
-        prior_mean, prior_log_variance = self._read_prior(prompt)
+        cuts = None
+        if in_stages and completion_ids is not None:
+            (prior_mean, prior_log_variance), cuts = self._read_prior_apart(prompt)
+        else:
+            prior_mean, prior_log_variance = self._read_prior(prompt)
         if noise is not None:
             self._refuse_slots("noise", noise, (input_ids.shape[0],))
             noise = noise.to(prior_mean.device, prior_mean.dtype)
@@ -382,12 +390,18 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
         output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
         embedded = self.embed_latents(output.latents)  # (B, K, D)
+        if cuts is not None:
+            output.cuts = Cuts([[], *cuts])
+            embedded = as_leaf(embedded, output.cuts.stages[0])
         output.latent_norm = embedded.detach().float().norm(dim=-1).mean(-1)  # (B,)
         output.logits = self._decode(prompt, completion_ids, completion_mask, embedded)
         output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
         if decode_prior:
             latents = sample_latents(prior_mean, prior_log_variance, temperature, noise=noise)
-            output.prior_logits = self._decode(prompt, completion_ids, completion_mask, self.embed_latents(latents))
+            embedded = self.embed_latents(latents)
+            if cuts is not None:
+                embedded = as_leaf(embedded, output.cuts.stages[0])
+            output.prior_logits = self._decode(prompt, completion_ids, completion_mask, embedded)
             output.prior_loss = next_token_loss(output.prior_logits, targets, num_items_in_batch)
         if decode_no_latents:
             output.no_latents_logits = self._decode(prompt, completion_ids, completion_mask, None)
@@ -416,6 +430,16 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             placeholders = self._placeholders(prompt.input_ids)
             hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
         return self.prior_head(hidden)
+
+    def _read_prior_apart(self, prompt):
+        """The prior as leaves, and the cuts behind it and behind the prompt; as ever and `None` where there can be none."""
+        with_prompt = prompt.hidden is not None
+        of_prior, of_prompt = [], prompt.cut()
+        prior = self._read_prior(prompt)
+        if of_prompt is None:
+            return prior, None
+        prior = tuple(as_leaf(tensor, of_prior) for tensor in prior)
+        return prior, [of_prior + of_prompt] if with_prompt else [of_prior, of_prompt]
 
     def _read_posterior(self, prompt, completion_ids, completion_mask):
         # The placeholders stand right behind each row's own last token, [y_i, L, padding]: with padding in between,

@@ -23,6 +23,7 @@ from trainer.measuring import render
 from trainer.planning import (
     ENGINES,
     GIB,
+    IN_STAGES,
     WHOLE_GRADIENTS,
     Sequence,
     build_model,
@@ -41,7 +42,8 @@ from trainer.planning import (
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TIGHT = 0.9  # of a GPU's memory
 NOTES = """\
-step: activations, what the backward pass makes on its way, and the gradients that it holds back until the last branch has passed.
+step: activations, what the backward pass makes on its way, and the gradients that ddp and zero3 hold back until the last branch has
+passed; the others run it in stages, unless LoRA makes gradients small.
 buckets: gradients on their way between GPUs. gathered: whole layers of weights that are shared out. host: a machine with all GPUs.
 tight: more than 90 % of the memory; CUDA's context and NCCL take 1 to 2 GiB of it, and fragmentation is not modelled."""
 
@@ -137,18 +139,19 @@ def plan(arguments, training_args, model_config):
     accumulates = training_args.gradient_accumulation_steps > 1
 
     @functools.cache
-    def step_and_cache(whole_gradients):
+    def step_and_cache(whole_gradients, in_stages):
         if cast_model is model and accumulates and not whole_gradients:
-            return step_and_cache(True)
+            return step_and_cache(True, in_stages)
         rehearsed, keeps = (model, accumulates) if whole_gradients else (cast_model, True)
-        step = rehearse(rehearsed, sequence, mixed, decode_prior, keeps)
+        step = rehearse(rehearsed, sequence, mixed, decode_prior, keeps, in_stages)
         return step, prefix_cache_bytes(rehearsed, sequence, mixed)
 
     rows = []
     for engine in arguments.engines:
         for num_gpus in [1] if engine == "single" else arguments.num_gpus:
             kept = kept_bytes(engine, sizes, num_gpus, mixed)
-            step, cache = step_and_cache(engine in WHOLE_GRADIENTS)
+            in_stages = engine in IN_STAGES and not model_config.use_peft
+            step, cache = step_and_cache(engine in WHOLE_GRADIENTS, in_stages)
             rows.append(engine_row(engine, num_gpus, kept, step, cache, arguments.gpu_memory))
     return [
         parts_table(parts_of(model), sizes, model_config.use_peft),

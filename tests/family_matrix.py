@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_amvl import AMVLForConditionalGeneration
+from trainer.staged_backward import run_stages, stages_are_apart
 
 
 SEED = 3
@@ -64,15 +65,20 @@ def distance(got, expected):
     return float((got - expected).norm() / expected.norm())
 
 
-def _differentiated(model, outputs):
+def _differentiated(model, outputs, cuts=None):
     """Outputs by name, with `gradient`: of a scalar that each moves by random weights, in all parameters."""
     generator = torch.Generator().manual_seed(SEED)
-    scalar = outputs["loss"]
+    moved = {}
     for name in (*DISTRIBUTIONS, "words"):
         weights = torch.randn(outputs[name].shape, generator=generator, dtype=FLOAT32)
-        scalar = scalar + (weights.to(outputs[name].dtype) * outputs[name]).sum()
+        moved[name] = (weights.to(outputs[name].dtype) * outputs[name]).sum()
+    decoded, read = outputs["loss"] + moved.pop("words"), sum(moved.values())
     model.zero_grad()
-    scalar.backward()
+    if cuts is None:
+        (decoded + read).backward()
+    else:
+        terms = {"ntp": decoded, "forward": read, "reverse": torch.zeros(())}
+        run_stages(terms, cuts, torch.Tensor.backward).backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return outputs | {"gradient": torch.cat([gradient.flatten() for gradient in gradients])}
 
@@ -82,14 +88,17 @@ def _words(logits, lengths):
     return torch.cat([row[:length, WORDS.start : WORDS.stop] for row, length in zip(logits, lengths, strict=True)])
 
 
-def step(model, family, rows, plan, lengths=UNEQUAL_ANSWERS, dtype=torch.float32):
-    """Outputs and gradients of a step under a plan."""
+def step(model, family, rows, plan, lengths=UNEQUAL_ANSWERS, dtype=torch.float32, in_stages=False):
+    """Outputs and gradients of a step under a plan; in stages where the backbone allows them, as the trainer finds out."""
     answers = make_answers(lengths[: len(rows)])
     model.config.multipass = plan
     torch.manual_seed(SEED)
-    output = model(**make_prompts(family, rows, dtype), **answers)
+    output = model(**make_prompts(family, rows, dtype), **answers, in_stages=in_stages)
+    if in_stages and not stages_are_apart(output):
+        return None
     words = _words(output.logits, answers["completion_mask"].sum(1))
-    return _differentiated(model, {name: output[name] for name in ("loss", *DISTRIBUTIONS)} | {"words": words})
+    named = {name: output[name] for name in ("loss", *DISTRIBUTIONS)} | {"words": words}
+    return _differentiated(model, named, output.get("cuts"))
 
 
 def reference(model, family, rows):

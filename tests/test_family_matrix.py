@@ -6,7 +6,7 @@ from pathlib import Path
 import family_matrix
 import pytest
 from families import ALL_FAMILIES, FAMILIES, build_backbone
-from family_matrix import CHECKS, FP32, build_model, distance, step
+from family_matrix import CHECKS, FP32, build_model, distance, readable_batches, step
 from planted_errors import plant_leak, plant_shifted_positions, plant_skipped_injection
 
 from modeling_amvl import AMVLForConditionalGeneration
@@ -14,6 +14,8 @@ from modeling_amvl import AMVLForConditionalGeneration
 
 # Plain attention, positions in three dimensions, sliding windows, recurrent states, attention across to the image.
 FIVE = ("llava", "qwen2_5_vl", "gemma3", "qwen3_5", "mllama")
+# Their branches read more of the prompt than its cache.
+IN_ONE_PASS = ("blip-2", "instructblip", "instructblipvideo", "kosmos-2")
 DRIVEN = [name for name, family in FAMILIES.items() if not family.refused]
 REFUSED = [name for name, family in FAMILIES.items() if family.refused]
 PAGE = Path(__file__).parent / "FAMILIES.md"
@@ -32,6 +34,17 @@ driven_families = pytest.mark.parametrize("family", [pytest.param(name, marks=_m
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_family(family, check):
     assert check(family) < CHECKS[check]
+
+
+@driven_families
+def test_stages_give_the_gradients_of_one_pass(family):
+    model = build_model(family).train()
+    rows = readable_batches(family)[0]
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    in_stages = step(model, family, rows, "shared", in_stages=True)
+    assert (in_stages is None) == (family in IN_ONE_PASS)
+    if in_stages is not None:
+        assert distance(in_stages["gradient"], step(model, family, rows, "shared")["gradient"]) < 1e-5
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -24,7 +24,8 @@ What a step needs beside that is not worked out from a formula: [`rehearse`] run
 gradient checkpointing, shared prefix and loss included, on tensors without storage (`FakeTensorMode` of torch), and adds up what
 is alive. That holds what formulas for one sequence (arXiv 2205.05198) miss: every branch uses the same parameters, so that torch
 holds their gradients back until the prompt's own backward pass, a second copy beside those that are accumulated, and whole on
-every GPU whatever the engine. The sum of both is an upper bound: what is largest at the optimiser's step (DeepSpeed's gradients
+every GPU. `single`, `zero2` and `fsdp2` run the backward pass in stages where weights are trained whole, which keeps it from
+that (trainer/staged_backward.py); `ddp` and `zero3` cannot. The sum of both is an upper bound: what is largest at the optimiser's step (DeepSpeed's gradients
 in fp32) and what is largest in the backward pass are added up.
 
 Not modelled: CUDA's context and libraries (0.5 to 1 GiB), NCCL's and cuBLAS's buffers, fragmentation of the allocator, what a kernel
@@ -52,9 +53,11 @@ from modeling_amvl.refusals_amvl import named_tokens, refuse_backbone, refuse_co
 
 from .objective import amvl_loss
 from .sft_trainer import LATENT_MODULES, AMVLSFTTrainer, amvl_model
+from .staged_backward import run_stages
 
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
+IN_STAGES = ("single", "zero2", "fsdp2")  # without LoRA
 WHOLE_GRADIENTS = ("single", "ddp")  # those that do not share gradients out
 REDUCE_BUCKET, MOST_LIVE = int(5e8), int(1e9)  # parameters; defaults of DeepSpeed
 HOST_BUFFERS = 1.5  # DeepSpeed's `additional_buffer_factor`
@@ -389,13 +392,13 @@ def step_inputs(config, sequence):
     }
 
 
-def run_step(model, inputs, mixed=False, decode_prior=True):
+def run_step(model, inputs, mixed=False, decode_prior=True, in_stages=False):
     """Forward and backward of one batch, as the trainer runs them; weights of the terms make no difference to the memory."""
     autocast = torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext()
     with autocast:
-        output = model(**inputs, decode_prior=decode_prior)
+        output = model(**inputs, decode_prior=decode_prior, in_stages=in_stages)
     output = convert_to_fp32(output) if mixed else output
-    loss, _ = amvl_loss(
+    loss, terms = amvl_loss(
         output["loss"],
         (output["prior_mean"], output["prior_log_variance"]),
         (output["posterior_mean"], output["posterior_log_variance"]),
@@ -404,10 +407,12 @@ def run_step(model, inputs, mixed=False, decode_prior=True):
         prior_ntp=output["prior_loss"] if decode_prior else None,
         prior_ntp_weight=1.0,
     )
+    if output.get("cuts") is not None:
+        loss = run_stages(terms, output["cuts"], torch.Tensor.backward)
     loss.backward()
 
 
-def rehearse(model, sequence, mixed=False, decode_prior=True, accumulates=True):
+def rehearse(model, sequence, mixed=False, decode_prior=True, accumulates=True, in_stages=False):
     """
     Runs a step without storage and adds up what it needs beside weights and gradients.
 
@@ -418,6 +423,7 @@ def rehearse(model, sequence, mixed=False, decode_prior=True, accumulates=True):
         decode_prior (`bool`, defaults to `True`): `prior_ntp_weight > 0`.
         accumulates (`bool`, defaults to `True`): gradients are there when the step starts, of the batch before or because the
             engine keeps its own. Without, those that it makes stand where they would have been, which saves up to a copy.
+        in_stages (`bool`, defaults to `False`): the backward pass is run in stages, see trainer/staged_backward.py.
 
     Returns:
         `int`: bytes at the worst moment, above those of weights and gradients.
@@ -439,7 +445,7 @@ def rehearse(model, sequence, mixed=False, decode_prior=True, accumulates=True):
     kept = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in trained)
     try:
         with memory:
-            run_step(model, inputs, mixed, decode_prior)
+            run_step(model, inputs, mixed, decode_prior, in_stages)
     except Exception as error:  # experts that count their tokens, a forward that asks for images
         raise ValueError(
             f"A step of `{config.backbone_config.model_type}` cannot be rehearsed without storage, `{type(error).__name__}: "

@@ -140,6 +140,10 @@ class AMVLSFTConfig(SFTConfig):
         if "RANK" in os.environ and not torch.accelerator.is_available() and PartialState._shared_state == {}:
             self._join_cpu_ranks()
         super().__post_init__()
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            # Otherwise each GPU would add up the gradients of a step's batches whole.
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}
         for name in ("beta", "gamma", "ntp_weight", "prior_ntp_weight", "kl_warmup_steps", "kl_delay_steps"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):

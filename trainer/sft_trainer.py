@@ -24,6 +24,7 @@ from .schedules import kl_weights
 from .selftest import self_test
 from .sft_config import OBJECTIVE, AMVLSFTConfig
 from .sharded_saving import ShardedSavingMixin, without_copies
+from .staged_backward import StagedBackwardMixin, run_stages
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(ShardedSavingMixin, HubMixin, SFTTrainer):
+class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -236,7 +237,8 @@ class AMVLSFTTrainer(ShardedSavingMixin, HubMixin, SFTTrainer):
             sampling = {"noise": self._noise(len(inputs["input_ids"]), config)}
         else:
             sampling = {"latent_temperature": config.latent_temperature}
-        outputs = model(
+        outputs = self._forward(
+            model,
             **inputs,
             decode_prior=not training or args.prior_ntp_weight > 0,
             decode_no_latents=not training,
@@ -255,7 +257,7 @@ class AMVLSFTTrainer(ShardedSavingMixin, HubMixin, SFTTrainer):
             args.kl_warmup_steps,
             args.kl_delay_steps,
         )
-        loss, _ = amvl_loss(
+        loss, terms = amvl_loss(
             outputs["loss"],
             prior,
             posterior,
@@ -268,7 +270,11 @@ class AMVLSFTTrainer(ShardedSavingMixin, HubMixin, SFTTrainer):
             num_rows=None if num_items_in_batch is None else self._num_rows_in_batch,
         )
         if num_items_in_batch is not None and args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the counts are of all devices, and gradients get averaged
+            # The counts are of all devices, and gradients get averaged.
+            terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
+            loss = sum(terms.values())
+        if outputs.get("cuts") is not None:
+            loss = loss.detach() + run_stages(terms, outputs["cuts"], self._backward)
         self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
 

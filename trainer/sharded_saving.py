@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import merge_fsdp_weights
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration
@@ -64,7 +65,11 @@ class ShardedSavingMixin:
     def _trained_weights(self):
         """What is trained, whole: an adapter, without the backbone that it stands on."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        return {name: value.full_tensor().cpu() for name, value in trained.items()}
+        # After an evaluation FSDP2 may still have some of them together.
+        trained = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in trained.items()
+        }
+        return {name: value.detach().cpu() for name, value in trained.items()}
 
 
 def without_copies(state_dict, model):
