@@ -17,6 +17,7 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .collator import AMVLDataCollator
 from .hub import HubMixin
+from .loading import LoadingMixin, check_loading
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
 from .selftest import self_test
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(HubMixin, SFTTrainer):
+class AMVLSFTTrainer(HubMixin, LoadingMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -88,6 +89,7 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
                 f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
                 "LoRA."
             )
+        check_loading(args, train_dataset)
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(
