@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, PromptLearningConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
@@ -16,6 +16,7 @@ from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .collator import AMVLDataCollator
+from .data.stream_batches import undecoded
 from .hub import HubMixin
 from .loading import LoadingMixin, check_loading
 from .objective import amvl_loss, latent_statistics
@@ -90,6 +91,8 @@ class AMVLSFTTrainer(HubMixin, LoadingMixin, SFTTrainer):
                 "LoRA."
             )
         check_loading(args, train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = undecoded(train_dataset)  # TRL looks at a row
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(

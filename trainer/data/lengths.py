@@ -73,11 +73,17 @@ def row_length(row, collator, exact=False):
         row (`dict`): as in the dataset.
         collator ([`AMVLDataCollator`]): whose processor counts.
         exact (`bool`, defaults to `False`): run the processor over the images, instead of asking it what a size gives.
+
+    Returns:
+        `int`: of prompt, images and answer; 0 for a row that cannot be trained on.
     """
-    if exact:
-        batch = collator([row])
-        return int(batch["attention_mask"].sum() + batch["completion_mask"].sum())
-    texts = collator.render(row, "A row", open_images=False)
+    try:
+        if exact:
+            batch = collator([row])
+            return int(batch["attention_mask"].sum() + batch["completion_mask"].sum())
+        texts = collator.render(row, "A row", open_images=False)
+    except ValueError:
+        return 0  # what is wrong with the row is said when its turn comes
     tokenizer = collator.processor.tokenizer
     length = sum(len(tokenizer(texts[key], add_special_tokens=False)["input_ids"]) for key in ("prompt", "completion"))
     if sizes := [image_size(image) for image in images_of(row)]:
@@ -94,5 +100,7 @@ def image_size(image):
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
             return image_size(opened)
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    # `getexif` would decode a PNG to look for EXIF data behind its pixels.
+    has_exif = image.format != "PNG" or "exif" in image.info
+    is_turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return list(image.size if is_turned else image.size[::-1])

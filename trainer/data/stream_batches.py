@@ -29,8 +29,7 @@ class StreamBatches(IterableDataset):
     """
 
     def __init__(self, stream, batch_size, num_batches=1, num_ranks=1, rank=0, drop_last=False, even=False):
-        # Without known columns, rows are as whatever made them left them.
-        self.stream = stream.decode(False) if stream.features else stream
+        self.stream = undecoded(stream)
         self.num_groups, self.num_ranks, self.rank = num_batches * num_ranks, num_ranks, rank
         self.rows_per_step = batch_size * self.num_groups
         self.drop_last, self.even = drop_last, even
@@ -64,3 +63,8 @@ class StreamBatches(IterableDataset):
         # `iter(stream)` would give a worker of a data loader some shards only.
         for columns in self.stream.iter(READ_AT_ONCE):
             yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
+
+
+def undecoded(stream):
+    """A stream whose images stay bytes or paths, for the collator; without known columns, rows are as whatever made them left them."""
+    return stream.decode(False) if stream.features else stream
