@@ -12,18 +12,15 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
 from .collator import AMVLDataCollator
 from .data.lengths import token_lengths
-from .data.step_batches import StepBatches
+from .data.step_batches import BY_LENGTH, step_batches
 from .data.stream_batches import StreamBatches
 
 
 logger = logging.getLogger(__name__)
-
-BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class LoadingMixin:
@@ -50,6 +47,8 @@ class LoadingMixin:
         if is_stream:
             collate = self._get_collator_with_removed_columns(self.data_collator, description)
             is_shard = is_training and args.shard_stream and num_ranks > 1
+            if is_training and num_ranks > 1 and args.process_index == 0:
+                warn_of_shards(dataset.num_shards, num_ranks, is_shard)
             if is_shard:
                 dataset, num_ranks, rank = dataset.shard(num_ranks, rank), 1, 0
             drop_last = is_shard or is_training and args.dataloader_drop_last
@@ -57,7 +56,18 @@ class LoadingMixin:
             settings = {"batch_size": None, "collate_fn": functools.partial(_collate, collate)}
         else:
             rows, collate = self._remove_unused_columns(dataset, description), self.data_collator
-            batches = self._step_batches(dataset, batch_size, num_batches, num_ranks, rank)
+            lengths = self._lengths_of(dataset) if args.train_sampling_strategy in BY_LENGTH else None
+            batches = step_batches(
+                args.train_sampling_strategy,
+                len(dataset),
+                lengths,
+                args.seed if args.data_seed is None else args.data_seed,
+                batch_size=batch_size,
+                num_batches=num_batches,
+                num_ranks=num_ranks,
+                rank=rank,
+                drop_last=args.dataloader_drop_last,
+            )
             settings = {"batch_sampler": batches, "collate_fn": collate}
         if is_training:
             self._stream = rows if is_stream else None
@@ -87,36 +97,6 @@ class LoadingMixin:
             dispatch_batches=False,
             non_blocking=args.accelerator_config.non_blocking,
         )
-
-    def _step_batches(self, dataset, batch_size, num_batches, num_ranks, rank):
-        args, strategy, num_rows = self.args, self.args.train_sampling_strategy, len(dataset)
-        seed, rows_per_step = order_seed(args), batch_size * num_batches * num_ranks
-        if args.dataloader_drop_last and num_rows < rows_per_step:
-            raise ValueError(
-                f"`dataloader_drop_last=True` leaves none of the {num_rows} rows, since a step takes {rows_per_step}: set it "
-                "to `False`."
-            )
-        lengths = self._lengths_of(dataset) if strategy in BY_LENGTH else None
-        if strategy == "batch_rebalance":
-            return BatchRebalanceSampler(
-                lengths,
-                rows_per_step,
-                num_ranks,
-                num_batches,
-                seed=seed,
-                rank=rank,
-                drop_last=args.dataloader_drop_last,
-            )
-
-        def order(epoch):
-            generator = torch.Generator().manual_seed(seed + epoch)
-            if strategy == "sequential":
-                return list(range(num_rows))
-            if strategy == "group_by_length":
-                return get_length_grouped_indices(lengths, rows_per_step, generator=generator)
-            return torch.randperm(num_rows, generator=generator).tolist()
-
-        return StepBatches(order, num_rows, batch_size, num_batches, num_ranks, rank, args.dataloader_drop_last)
 
     def _lengths_of(self, dataset):
         args = self.args
@@ -194,11 +174,6 @@ def _collate(collator, rows):
     return collator(rows) if rows else {}
 
 
-def order_seed(args):
-    """The seed of the order of the rows."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
 def check_loading(args, dataset):
     """
     Refuses settings under which rows would come wrongly, or not at all.
@@ -230,28 +205,29 @@ def check_loading(args, dataset):
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs the lengths of all rows, which a stream does not "
             "have: read the dataset map-style, or leave it out."
         )
-    num_processes = args.world_size * max(args.dataloader_num_workers, 1)
-    if args.shard_stream:
-        if dataset.num_shards < args.world_size:
-            raise ValueError(
-                f"`shard_stream=True`, but `train_dataset` has {dataset.num_shards} shards (files) for {args.world_size} "
-                "processes, some of which would get no rows: set it to `False`, where all read the whole stream, or write more "
-                "files."
-            )
-        if dataset.num_shards % args.world_size and args.process_index == 0:
-            logger.warning(
-                "`shard_stream=True` deals %d shards to %d processes: those that get one more leave about as much unread in each "
-                "pass. Write a multiple of %d files.",
-                dataset.num_shards,
-                args.world_size,
-                args.world_size,
-            )
-    elif args.world_size > 1 and args.process_index == 0:
+    if args.shard_stream and dataset.num_shards < args.world_size:
+        raise ValueError(
+            f"`shard_stream=True`, but `train_dataset` has {dataset.num_shards} shards (files) for {args.world_size} processes, "
+            "some of which would get no rows: set it to `False`, where all read the whole stream, or write more files."
+        )
+
+
+def warn_of_shards(num_shards, num_ranks, is_shard):
+    """Says, on the main process, what several processes read of a stream."""
+    if is_shard and num_shards % num_ranks:
         logger.warning(
-            "Each of %d processes reads the whole stream, and decodes only its own images: the order does not hang on how many "
-            "they are. `shard_stream=True` reads less (%d shards).",
-            num_processes,
-            dataset.num_shards,
+            "`shard_stream=True` deals %d shards to %d processes: those that get one more leave about as much unread in each "
+            "pass. Write a multiple of %d files.",
+            num_shards,
+            num_ranks,
+            num_ranks,
+        )
+    elif not is_shard:
+        logger.warning(
+            "Each of %d processes, and of their workers, reads the whole stream of %d shards and decodes only its own images, so "
+            "that the order does not hang on how many they are. `shard_stream=True` reads less.",
+            num_ranks,
+            num_shards,
         )
 
 
