@@ -72,7 +72,14 @@ def test_the_script_prints_every_table_and_writes_them(monkeypatch, capsys, tmp_
     page = tmp_path / "page.md"
     benchmark_data.main(DataBenchmarkArguments(num_rows=128, rounds=1, markdown=str(page)))
     printed, written = capsys.readouterr().out, page.read_text()
-    for words in (*READERS, "Rows per second of a reader", "2 processes", "collator / step", "waiting for batches", "skipped"):
+    for words in (
+        *READERS,
+        "Rows per second of a reader",
+        "2 processes",
+        "collator / step",
+        "waiting for batches",
+        "skipped",
+    ):
         assert words in printed and words in written
     torch.set_num_threads(1)
 

@@ -20,6 +20,7 @@ from trainer import AMVLDataCollator
 from trainer.collator import read_image
 from trainer.data.lengths import image_size, row_length, token_lengths
 from trainer.data.step_batches import StepBatches, split_step
+from trainer.loading import warn_of_shards
 
 
 ROWS = 11
@@ -168,6 +169,11 @@ def test_a_longer_stream_goes_on_where_the_shorter_ended(tmp_path):
     assert steps_of(resumed) == whole_run("stream")[2:]
 
 
+def test_a_stream_that_is_done_is_not_trained_on(checkpoints, tmp_path):
+    resumed = run(tmp_path, **STREAM, **SPLITS[0], resume=str(checkpoints("stream") / "checkpoint-6"))
+    assert not resumed.seen and resumed.state.global_step == 6
+
+
 def test_a_checkpoint_of_steps_of_another_size_is_told(tmp_path, caplog):
     run(tmp_path, num_rows=40, max_steps=2, **SPLITS[0], save_strategy="steps", save_steps=2)
     run(
@@ -238,6 +244,15 @@ def test_two_processes_evaluate_on_a_stream_as_one(two_processes, tmp_path):
     assert both[0] == both[1] and both[0] == pytest.approx(one, rel=0.05)
 
 
+def test_what_several_processes_read_of_a_stream_is_said_once(two_processes, caplog):
+    words = "reads the whole stream and decodes only its own images"
+    assert two_processes["stderr"].count(words) == len({"stream", "workers", "resumed"})
+    warn_of_shards(1, 2, is_shard=False)
+    assert "It has 1 shards: `shard_stream=True` would read less, and needs 2." in caplog.text
+    warn_of_shards(3, 2, is_shard=True)
+    assert "deals 3 shards to 2 processes" in caplog.text and "Write a multiple of 2 files" in caplog.text
+
+
 def test_with_shards_of_its_own_no_process_waits_for_another_at_the_end(two_processes):
     a, b = ([row for step in noted["seen"] for row in step[0]] for noted in two_processes["shards"])
     assert a[:6] == [0, 1, 2, 3, 4, 5] and b[:6] == [7, 8, 9, 10, 11, 12]
@@ -257,7 +272,8 @@ def test_lengths_are_what_the_collator_makes_of_the_rows_and_cost_no_decoding(co
     decoded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image) or load(image))
     assert token_lengths(rows, collator) == expected
-    assert len(set(map(id, decoded))) == 1  # of the first row, to see that the count is right
+    assert token_lengths(rows, collator, num_proc=2) == expected
+    assert len(set(map(id, decoded))) == 2  # of the first row, each time, to see that the count is right
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])

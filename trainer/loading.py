@@ -31,6 +31,8 @@ class LoadingMixin:
     them out among processes and accumulated batches; a resumed run of the same n starts at the next row, and decodes none before it.
     """
 
+    _stream = None  # the training rows, if they are one: `StreamBatches`
+
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
@@ -134,6 +136,8 @@ class LoadingMixin:
                     steps_per_epoch,
                     num_update_steps_per_epoch,
                 )
+        elif self.state.global_step >= max_steps:  # transformers would train on, for one step
+            return num_train_epochs, 0
         elif num_batches:
             # Of a stream, transformers counts max_steps as one epoch: pass + steps of the pass / max_steps.
             epochs = math.ceil(saved.epoch) - 1
@@ -163,9 +167,8 @@ class LoadingMixin:
                 num_ended.sum().item(),
                 len(num_ended),
             )
-        self.control.should_epoch_stop = (
-            True  # and begin the next pass, instead of asking again at each step that is left
-        )
+        # Begin the next pass, instead of asking for each step that is left of the run.
+        self.control.should_epoch_stop = True
         return [], None
 
 
@@ -224,10 +227,11 @@ def warn_of_shards(num_shards, num_ranks, is_shard):
         )
     elif not is_shard:
         logger.warning(
-            "Each of %d processes, and of their workers, reads the whole stream of %d shards and decodes only its own images, so "
-            "that the order does not hang on how many they are. `shard_stream=True` reads less.",
+            "Each of %d processes, and of their workers, reads the whole stream and decodes only its own images, so that the order "
+            "does not hang on how many they are. It has %d shards: `shard_stream=True` %s.",
             num_ranks,
             num_shards,
+            "reads less" if num_shards >= num_ranks else f"would read less, and needs {num_ranks}",
         )
 
 
