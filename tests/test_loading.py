@@ -35,11 +35,6 @@ SPLITS = ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2,
 BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # of each of two processes
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(datasets.utils.tqdm, "disable", True, raising=False)
-
-
 @pytest.fixture
 def collator():
     return AMVLDataCollator(AMVLProcessor.from_backbone(build_tiny_backbone()[1]))
@@ -356,19 +351,24 @@ def test_settings_under_which_rows_would_come_wrongly_are_refused(settings, mess
         run(tmp_path, **settings)
 
 
+class Generated:
+    """Rows of which `datasets` knows no columns."""
+
+    def __init__(self, num_rows, _):
+        self.rows = [make_row(index) for index in range(num_rows)]
+
+    def to_iterable_dataset(self, num_shards):
+        def generate(starts):
+            for start in starts:
+                yield from self.rows[start : start + size]
+
+        size = -(-len(self.rows) // num_shards)
+        starts = [*range(0, len(self.rows), size)]
+        return datasets.IterableDataset.from_generator(generate, gen_kwargs={"starts": starts})
+
+
 def test_a_stream_without_known_columns_is_trained_on(tmp_path, monkeypatch):
-    def rows(num_rows, _):
-        made = [make_row(index) for index in range(num_rows)]
-        return type("Rows", (), {"to_iterable_dataset": lambda _, num_shards: _from(made, num_shards)})()
-
-    monkeypatch.setattr("loading_runs.make_rows", rows)
-    steps = steps_of(run(tmp_path, shards=2, max_steps=3, **SPLITS[0]))
+    monkeypatch.setattr("loading_runs.make_rows", Generated)
+    settings = {"max_steps": 3, **SPLITS[0], "dataloader_num_workers": 1}
+    steps = steps_of(run(tmp_path, shards=2, **settings))
     assert list(itertools.chain(*steps)) == list(range(ROWS))
-
-
-def _from(rows, num_shards):
-    def generate(parts):
-        for part in parts:
-            yield from rows[part::num_shards] if num_shards == 1 else rows[part * 6 : part * 6 + 6]
-
-    return datasets.IterableDataset.from_generator(generate, gen_kwargs={"parts": [*range(num_shards)]})
