@@ -28,6 +28,7 @@ from trainer.data.reader import licence_text
 from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
 from trainer.hub import push_folder
+from trainer.loading import check_loading, check_max_steps
 from trainer.sft_trainer import model_type_of
 
 
@@ -237,12 +238,15 @@ def main(arguments, training_args, model_config):
             "`model_name_or_path` and `dataset_name` are needed, in the YAML file or on the command line; without any "
             "argument the embedded default runs."
         )
+    if arguments.dataset_streaming:
+        check_max_steps(training_args)
     evaluates = training_args.eval_strategy != "no"
     report_dir = Path(training_args.output_dir) / "data_report"
     processor = load_processor(arguments, model_config)
     train_dataset, eval_dataset, reports = load_rows(arguments, processor, evaluates, training_args.seed)
     if not arguments.dataset_streaming:
         save_reports(reports, report_dir, training_args)
+    check_loading(training_args, train_dataset)
     set_seed(training_args.seed)  # the heads' first weights, the same on every process
     model = load_model(arguments, model_config, processor)
     trainer = AMVLSFTTrainer(

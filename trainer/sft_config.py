@@ -108,7 +108,13 @@ class AMVLSFTConfig(SFTConfig):
             "answers not empty and not too long. Streamed datasets are checked as they come."
         },
     )
-
+    shard_stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a streamed dataset, each process reads its own shards: faster, but the order of rows depends on the "
+            "number of processes, and a pass ends with the shortest part. By default each reads the whole stream, undecoded."
+        },
+    )
     self_test: bool = field(
         default=True,
         metadata={

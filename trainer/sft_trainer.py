@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, PromptLearningConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, set_seed
@@ -17,7 +17,9 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.modeling_amvl import next_token_loss
 
 from .collator import AMVLDataCollator
+from .data.stream_batches import undecoded
 from .hub import HubMixin
+from .loading import LoadingMixin, check_loading
 from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
 from .schedules import kl_weights
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrainer):
+class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -43,7 +45,7 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
         args ([`AMVLSFTConfig`], *optional*): settings.
         data_collator (`Callable`, *optional*): by default [`AMVLDataCollator`].
         train_dataset (`Dataset` or `IterableDataset`): rows as [`AMVLDataCollator`] takes them.
-        eval_dataset (`Dataset`, *optional*): rows of the same form; a `dict` of them is evaluated one by one.
+        eval_dataset (`Dataset` or `IterableDataset`, *optional*): rows of the same form; a `dict` of them is evaluated one by one.
         processing_class (`ProcessorMixin`, *optional*): an [`AMVLProcessor`] or a stock processor to make one of.
         peft_config (`PeftConfig`, *optional*): adapts the language model; heads and projection are trained and saved whole.
         **kwargs: `callbacks`, `optimizers`, `compute_metrics` and others of [`~trl.SFTTrainer`].
@@ -92,6 +94,9 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
                 f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
                 "LoRA."
             )
+        check_loading(args, train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = undecoded(train_dataset)  # TRL looks at a row
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(
@@ -131,7 +136,7 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
             args.gradient_checkpointing_kwargs["use_reentrant"] = False
         self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._num_rows_in_batch = None
-        self._num_batches_run = 0  # by this process, of the step's
+        self._first_rows = []  # of each batch of this process to come, its place among the rows of the step
         self._embedding_norm = embedding_norm
         self._last_evaluation = {}
         self._self_tested = set()
@@ -209,7 +214,6 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
     # -----------------------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        self._num_batches_run = 0
         if not batch_samples:
             return None
         if any("completion_mask" not in batch for batch in batch_samples):
@@ -217,14 +221,21 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
                 f"`data_collator` must return `completion_ids` and `completion_mask`, got {sorted(batch_samples[0])}: use "
                 "`AMVLDataCollator`."
             )
-        num_tokens = sum(int(batch["completion_mask"].sum()) for batch in batch_samples)
-        counts = torch.tensor(
-            [[num_tokens, sum(len(batch["completion_mask"]) for batch in batch_samples)]], device=device
-        )
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts).sum(0, keepdim=True)
-        self._num_rows_in_batch = counts[0, 1].item()
-        return counts[0, 0]
+        masks = [batch["completion_mask"] for batch in batch_samples]
+        # Of each batch of this process, its tokens and rows; batches of a step are dealt out to the processes in turn.
+        counts = torch.tensor([[[int(mask.sum()), len(mask)] for mask in masks]], device=device)
+        if self.args.world_size > 1:
+            everywhere = self.accelerator.gather(counts)  # processes, batches, 2
+        else:
+            everywhere = counts
+        num_rows = everywhere[..., 1].T.flatten()
+        first_rows = (num_rows.cumsum(0) - num_rows)[self.args.process_index :: self.args.world_size]
+        self._first_rows = first_rows.tolist()
+        if self.args.average_tokens_across_devices:
+            counts = everywhere
+        num_tokens, self._num_rows_in_batch = counts.sum((0, 1))
+        self._num_rows_in_batch = self._num_rows_in_batch.item()
+        return num_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = self.model.training
@@ -279,10 +290,8 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, SFTTrain
         return (loss, outputs) if return_outputs else loss
 
     def _noise(self, num_rows, config):
-        """Of the next batch of this process; batches are dealt out to the processes in turn."""
-        batch = self._num_batches_run * self.args.world_size + self.args.process_index
-        self._num_batches_run += 1
-        first_row = batch * self._train_batch_size
+        """Of the next batch of this process."""
+        first_row = self._first_rows.pop(0) if self._first_rows else 0
         return row_noise(
             self.args.seed, self.state.global_step, first_row, num_rows, config.num_latents, config.latent_size
         )
