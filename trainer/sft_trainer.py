@@ -26,7 +26,7 @@ from .schedules import kl_weights
 from .selftest import self_test
 from .sft_config import OBJECTIVE, AMVLSFTConfig
 from .sharded_saving import ShardedSavingMixin, without_copies
-from .staged_backward import StagedBackwardMixin, run_stages
+from .staged_backward import StagedBackwardMixin
 
 
 logger = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
             loss = sum(terms.values())
         if outputs.get("cuts") is not None:
-            loss = loss.detach() + run_stages(terms, outputs["cuts"], self._backward)
+            loss = loss.detach() + self._run_stages(terms, outputs["cuts"])
         self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
 

@@ -126,8 +126,20 @@ class StagedBackwardMixin:
                 outputs = model(**inputs)
         return outputs
 
+    def _run_stages(self, terms, cuts):
+        """See [`run_stages`], under the engine in use."""
+        rest = run_stages(terms, cuts, self._backward)
+        self._gather_outside_of_layers()
+        return rest
+
     def _backward(self, loss):
+        self._gather_outside_of_layers()
         if self.is_deepspeed_enabled:  # and no step of its optimiser, which is the last stage's
             self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False, scale_wrt_gas=False)
         else:
             self.accelerator.backward(loss)
+
+    def _gather_outside_of_layers(self):
+        """Brings together what FSDP2 shares out again after each backward pass; layers see to that by themselves."""
+        if self.is_fsdp_enabled:
+            self.model_wrapped.unshard()
