@@ -216,8 +216,7 @@ def load_model(arguments, model_config, processor):
     return AMVLForConditionalGeneration.from_backbone(
         name,
         latent_token_id=processor.latent_token_id,
-        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
-        initial_token_id=None if model_config.use_peft else processor.answer_start_id,
+        initial_token_id=processor.answer_start_id,
         **latents,
         **settings,
     )

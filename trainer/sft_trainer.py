@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, PromptLearningConfig
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from trl import SFTTrainer
 
 from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl.adapters_amvl import save_beside_adapter
 
+from .adapters import LATENT_MODULES, prepare_peft_config, settle_adapter
 from .collator import AMVLDataCollator
 from .hub import HubMixin
 from .objective import amvl_loss, latent_statistics
@@ -24,9 +26,6 @@ from .sft_config import OBJECTIVE, AMVLSFTConfig
 
 
 logger = logging.getLogger(__name__)
-
-# The parts that LoRA would freeze, which is to say switch off.
-LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
 class AMVLSFTTrainer(HubMixin, SFTTrainer):
@@ -83,11 +82,6 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
                 "`quantization_config` is not passed on: put it into `model_init_kwargs` of the `AMVLSFTConfig`, or load "
                 "the model with it."
             )
-        if isinstance(peft_config, PromptLearningConfig):
-            raise ValueError(
-                f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
-                "LoRA."
-            )
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(
@@ -101,11 +95,11 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
-            model = self._load(model, args, processing_class, peft_config)
+            model = self._load(model, args, processing_class)
             args.model_init_kwargs = None
         self._check_model(model, peft_config)
         if peft_config is not None:
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *LATENT_MODULES})
+            peft_config = prepare_peft_config(peft_config, amvl_model(model))
         if args.freeze_vision:
             self._freeze_vision(model, peft_config)
         embedding_norm = amvl_model(model).typical_embedding_norm()
@@ -119,6 +113,8 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        if isinstance(self.model, PeftModel):
+            self._settle_adapter()
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
         vars(amvl_model(self.model)).pop("forward", None)
         if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -151,16 +147,17 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
         return AMVLProcessor.from_backbone(processing_class)
 
     @staticmethod
-    def _load(name, args, processor, peft_config):
+    def _load(name, args, processor):
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
         if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
-        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
-        initial_token_id = processor.answer_start_id if peft_config is None else None
         return AMVLForConditionalGeneration.from_backbone(
-            name, latent_token_id=processor.latent_token_id, initial_token_id=initial_token_id, **settings
+            name,
+            latent_token_id=processor.latent_token_id,
+            initial_token_id=processor.answer_start_id,
+            **settings,
         )
 
     @staticmethod
@@ -178,6 +175,20 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
                         f"`{name}` is frozen, so the latents would not be trained: add {list(LATENT_MODULES)} to "
                         "`modules_to_save` of the LoRA config, or pass it as `peft_config`."
                     )
+
+    def _settle_adapter(self):
+        plugin = self.args.deepspeed_plugin
+        # Under ZeRO-3 all parameters are of one type.
+        settle_adapter(self.model, upcast=plugin is None or plugin.zero_stage != 3)
+        backbone = amvl_model(self.model).backbone
+        if self.args.freeze_vision:
+            encoder = backbone.get_encoder(modality="image")
+            trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+            if trained:
+                raise ValueError(
+                    f"`freeze_vision=True`, but the adapter trains {trained[:3]} of the vision encoder: set `bias='none'`, take it "
+                    "out of `modules_to_save`, or set `freeze_vision=False`."
+                )
 
     @staticmethod
     def _freeze_vision(model, peft_config):
@@ -363,7 +374,10 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self._write_card(self.args.output_dir if output_dir is None else output_dir)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if isinstance(self.model, PeftModel):
+            save_beside_adapter(amvl_model(self.model), folder)
+        self._write_card(folder)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes the model card into the output folder, on the main process."""
