@@ -1,10 +1,12 @@
 """A PEFT adapter of an AMVL model: what it was trained around, and loading it together with its base.
 
-peft itself is imported by transformers, and only where an adapter is loaded.
+peft is imported where an adapter is loaded, and only there.
 """
 
+import importlib
 import json
 import re
+import warnings
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -103,7 +105,7 @@ def load_with_adapter(cls, name, adapter_config, **kwargs):
         **kwargs: of `from_pretrained`. `revision` and `subfolder` are the adapter's; the base's is in the adapter's configuration.
 
     Returns:
-        `tuple`: the [`AMVLForConditionalGeneration`], in evaluation mode, and what transformers says of the loading.
+        [`AMVLForConditionalGeneration`]: in evaluation mode, the adapter frozen.
 
     Raises:
         ImportError: peft is not installed.
@@ -121,6 +123,11 @@ def load_with_adapter(cls, name, adapter_config, **kwargs):
     for key in ("config", "adapter_kwargs", "state_dict"):
         kwargs.pop(key, None)
     hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
+    if cls.config_class.get_config_dict(name, **own, **hub)[0].get("model_type") != AMVLConfig.model_type:
+        raise ValueError(
+            f"`{name}` is an adapter without the config.json of an AMVL model. If it is one, build its base with `from_backbone` and "
+            "call `PeftModel.from_pretrained(base, adapter)`."
+        )
     config = cls.config_class.from_pretrained(name, **own, **hub)
     kwargs.setdefault("dtype", config.dtype or "auto")
     if adapter_config.get("revision") is not None:
@@ -133,13 +140,17 @@ def load_with_adapter(cls, name, adapter_config, **kwargs):
     for key in FREE:
         setattr(model.config, key, getattr(config, key))
     model.generation_config = model.backbone.generation_config = GenerationConfig.from_pretrained(name, **own, **hub)
-    info = model.load_adapter(str(name), adapter_kwargs={**own, **hub})
-    if info.missing_keys or info.mismatched_keys:
-        raise ValueError(
-            f"The adapter `{name}` has no fitting weights for {sorted(info.missing_keys or info.mismatched_keys)[:3]}: its "
-            "latents would do nothing."
-        )
-    return model, info.to_dict()
+    # By name: an import would make peft a requirement of every checkpoint that carries this code. Not by `load_adapter` of
+    # transformers, which does not find the weights of DoRA and of a tied head.
+    peft = importlib.import_module("peft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(name), **own, **hub).get_base_model()
+        except UserWarning as error:
+            raise ValueError(f"The adapter `{name}` is not whole: {str(error)[:300]}") from error
+    model._hf_peft_config_loaded = True  # for the methods that transformers has for adapters
+    return model.eval()
 
 
 HUB = ("token", "cache_dir", "local_files_only", "force_download")

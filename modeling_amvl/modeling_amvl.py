@@ -254,8 +254,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         wants_loading_info = kwargs.pop("output_loading_info", False)
         adapter_config = adapter_config_of(name, kwargs)
         if adapter_config is not None:
-            model, info = load_with_adapter(cls, name, adapter_config, **kwargs)
-            return (model, info) if wants_loading_info else model
+            model = load_with_adapter(cls, name, adapter_config, **kwargs)
+            return (model, {}) if wants_loading_info else model
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig):
             model_type = config.model_type

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 # The parts that an adapter would freeze, which is to say switch off.
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
-# Tested in tests/test_adapters.py. AdaLoRA wants to be called after each step, X-LoRA and Poly want inputs of their own.
-TUNERS = (PeftType.LORA, PeftType.IA3, PeftType.LOHA, PeftType.LOKR, PeftType.OFT)
 # Other ones change the base's weights in a way that loading the adapter does not repeat, or want to be called by hand.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 TASK_TYPES = (None, "CAUSAL_LM")
@@ -60,28 +58,40 @@ def prepare_peft_config(peft_config, model):
     return peft_config
 
 
+def check_adapter(model):
+    """
+    Refuses an adapter that does not train and save the latents whole, or leaves the language model as it is.
+
+    Args:
+        model (`PeftModel`): over an [`AMVLForConditionalGeneration`].
+
+    Raises:
+        ValueError: it says what to change.
+    """
+    inner = model.get_base_model()
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"`model` has the active adapters {model.active_adapters}: set one, `model.set_adapter(name)`."
+        )
+    adapter = model.active_adapters[0]
+    _refuse_settings(model.peft_config[adapter], f"peft_config[{adapter!r}]")
+    for name in LATENT_MODULES:
+        _refuse_half_trained(name, getattr(inner, name), adapter)
+    _refuse_idle_layers(inner, adapter)
+
+
 def settle_adapter(model, upcast=True):
     """
-    Checks that the active adapter trains and saves the latents, and writes into it which base it belongs to.
+    Checks the active adapter, see [`check_adapter`], and writes into it which base it belongs to.
 
     Args:
         model (`PeftModel`): over an [`AMVLForConditionalGeneration`], changed in place.
         upcast (`bool`, defaults to `True`): train heads, projection and row in fp32, as PEFT does its own matrices: in bf16 a step
             of the usual size may round to nothing.
-
-    Raises:
-        ValueError: latents that would not be trained or saved, or an adapter that leaves the language model as it is.
     """
-    inner = model.get_base_model()
-    if len(model.active_adapters) != 1:
-        raise ValueError(
-            f"`model` has the active adapters {model.active_adapters}: activate one, `model.set_adapter(name)`."
-        )
-    adapter = model.active_adapters[0]
+    check_adapter(model)
+    inner, adapter = model.get_base_model(), model.active_adapters[0]
     config = model.peft_config[adapter]
-    _refuse_settings(config, f"peft_config[{adapter!r}]")
-    trained = [_trained_whole(inner, name, adapter) for name in LATENT_MODULES]
-    _refuse_idle_layers(inner, adapter)
     table = inner.get_input_embeddings()
     row = None
     if isinstance(table, TrainableTokensWrapper):
@@ -96,25 +106,26 @@ def settle_adapter(model, upcast=True):
             inner.config.initial_token_id,
         )
     if upcast:
-        for parameter in (*(p for part in trained for p in part.parameters()), *([] if row is None else [row])):
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
+        parts = [getattr(inner, name).modules_to_save[adapter] for name in LATENT_MODULES]
+        for parameter in (*(p for part in parts for p in part.parameters()), *([] if row is None else [row])):
+            parameter.data = parameter.data.float()
     _name_base(config, inner)
     _anchor(config, model, adapter_note(inner.config, carries_row))
 
 
 def _refuse_settings(config, name):
     kind = type(config).__name__
-    if config.peft_type not in TUNERS:
+    if config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"`{name}` is a `{kind}`, with which latents were not tested: use one of {[str(t.value) for t in TUNERS]}."
+            f"`{name}` is a `{kind}`, with which PEFT neither trains the row of `<latent>` nor merges the heads: use a `LoraConfig`, "
+            "DoRA and rsLoRA included."
         )
     if config.task_type not in TASK_TYPES:
         raise ValueError(
             f"`task_type` of `{name}` is {str(config.task_type)!r}, for which PEFT changes what the model is called with: leave "
             "it out, or set 'CAUSAL_LM'."
         )
-    if config.peft_type == PeftType.LORA and config.init_lora_weights not in INITIALISATIONS:
+    if config.init_lora_weights not in INITIALISATIONS:
         raise ValueError(
             f"`init_lora_weights` of `{name}` is {config.init_lora_weights!r}, which loading the adapter does not repeat: use one "
             f"of {INITIALISATIONS}."
@@ -125,22 +136,26 @@ def _add_placeholder_row(peft_config, model):
     """PEFT then trains and saves this one row of the table, in the tied head, too; where it can."""
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
-    if any(name.endswith(saved) for saved in peft_config.modules_to_save):
-        return  # all of the table is
-    targets = getattr(peft_config, "target_modules", None)
+    head = output_embeddings(model.backbone)
+    if saved := next((saved for saved in peft_config.modules_to_save if name.endswith(saved)), None):
+        if head.weight is table.weight:
+            raise ValueError(
+                f"`modules_to_save` has {saved!r}, the embedding table, whose weights are the output layer's, too, and would not be "
+                "any more: leave it out. The row of `<latent>` is trained in any case."
+            )
+        return  # all of the table is trained
+    targets = peft_config.target_modules
     adapted = (
         re.fullmatch(targets, name) if isinstance(targets, str) else any(name.endswith(f".{t}") for t in targets or ())
     )
     if adapted:
         raise ValueError(
-            f"`target_modules` has `{name}`, the embedding table, whose row for `<latent>` is trained by itself: take it out, or "
-            "put the table into `modules_to_save`."
+            f"`target_modules` has `{name}`, the embedding table, whose row for `<latent>` is trained by itself: take it out."
         )
     # What PEFT 0.21 does to the table: it looks rows up itself, and multiplies by a tied head's weight itself.
     looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
-    head = output_embeddings(model.backbone)
     multiplies = head.weight is not table.weight or (type(head) is nn.Linear and head.bias is None)
-    if not (hasattr(peft_config, "trainable_token_indices") and looks_up and multiplies):
+    if not (looks_up and multiplies):
         return  # `settle_adapter` says so
     given = peft_config.trainable_token_indices or {}
     given = {name: given} if isinstance(given, list) else dict(given)
@@ -149,11 +164,10 @@ def _add_placeholder_row(peft_config, model):
     peft_config.trainable_token_indices = given
 
 
-def _trained_whole(inner, name, adapter):
-    module = getattr(inner, name)
+def _refuse_half_trained(name, module, adapter):
     if not isinstance(module, ModulesToSaveWrapper) or adapter not in module.modules_to_save:
         raise ValueError(
-            f"`{name}` is not saved with the adapter `{adapter}`: add {list(LATENT_MODULES)} to `modules_to_save` of its LoRA "
+            f"`{name}` is frozen or not saved with the adapter `{adapter}`: add {list(LATENT_MODULES)} to `modules_to_save` of its LoRA "
             "config, or pass that as `peft_config`."
         )
     if module.disable_adapters:
@@ -170,7 +184,6 @@ def _trained_whole(inner, name, adapter):
             f"`{name}` is frozen, so the latents would not be trained: load the adapter `{adapter}` with `is_trainable=True`, and "
             "set it with `inference_mode=False`."
         )
-    return part
 
 
 def _refuse_idle_layers(inner, adapter):
@@ -210,14 +223,19 @@ def _name_base(config, inner):
 
 def _anchor(config, model, note):
     """Has `target_modules` match in an AMVL model alone: PEFT raises where an adapter matches nothing, and prints the note."""
-    targets = config.target_modules
-    if getattr(config, "target_parameters", None):
+    if config.target_parameters:
         config.target_parameters = sorted(model.base_model.targeted_parameter_names)
-    if not targets or (isinstance(targets, str) and NOTED.match(targets)):
+    targets, excluded = config.target_modules, config.exclude_modules
+    if not targets or NOTED.match(str(targets)):
         return
-    if getattr(config, "layers_to_transform", None) is not None:
+    if config.layers_to_transform is not None:
         targets = model.base_model.targeted_module_names
         config.layers_to_transform = config.layers_pattern = None
-    if not isinstance(targets, str):
-        targets = rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
-    config.target_modules = re.compile(rf"{note}(?=backbone\.)({targets})").pattern
+    without = f"(?!({_as_pattern(excluded)})$)" if excluded else ""
+    config.target_modules = re.compile(rf"{note}(?=backbone\.){without}({_as_pattern(targets)})").pattern
+    config.exclude_modules = None
+
+
+def _as_pattern(names):
+    """What PEFT matches by a list of names, as the regular expression that it takes instead."""
+    return names if isinstance(names, str) else rf"(.*\.)?({'|'.join(map(re.escape, sorted(names)))})"

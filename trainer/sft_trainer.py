@@ -16,7 +16,7 @@ from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.adapters_amvl import save_beside_adapter
 
-from .adapters import LATENT_MODULES, prepare_peft_config, settle_adapter
+from .adapters import LATENT_MODULES, check_adapter, prepare_peft_config, settle_adapter
 from .collator import AMVLDataCollator
 from .hub import HubMixin
 from .objective import amvl_loss, latent_statistics
@@ -168,13 +168,25 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
                 f"`model` is a `{type(inner).__name__}` without latents: wrap it with "
                 "`AMVLForConditionalGeneration.from_backbone`."
             )
-        if peft_config is None:
+        if isinstance(model, PeftModel):
+            check_adapter(model)
+        elif hasattr(model, "peft_config"):
+            raise ValueError(
+                "`model` was loaded with an adapter on it, which is frozen: to train that on, pass "
+                "`PeftModel.from_pretrained(base, adapter, is_trainable=True)`; to train another, merge it first."
+            )
+        elif peft_config is None:
             for name in LATENT_MODULES:
                 if not any(parameter.requires_grad for parameter in getattr(inner, name).parameters()):
                     raise ValueError(
-                        f"`{name}` is frozen, so the latents would not be trained: add {list(LATENT_MODULES)} to "
-                        "`modules_to_save` of the LoRA config, or pass it as `peft_config`."
+                        f"`{name}` is frozen, so the latents would not be trained: unfreeze it, or pass a `peft_config`."
                     )
+            language = inner.backbone.get_decoder()
+            if language is not None and not any(parameter.requires_grad for parameter in language.parameters()):
+                logger.warning(
+                    "The language model is frozen, as an adapter leaves it that was merged: heads and projection are trained alone. "
+                    "To train it, call `model.requires_grad_(True)` first, or pass a `peft_config`."
+                )
 
     def _settle_adapter(self):
         plugin = self.args.deepspeed_plugin
