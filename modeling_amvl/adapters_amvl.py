@@ -85,75 +85,81 @@ def save_beside_adapter(model, folder):
     model.generation_config.save_pretrained(folder)
 
 
-def adapter_config_of(name, kwargs):
-    """The adapter_config.json of a folder or a Hub id, a `dict`; `None` if there is none. `kwargs` are of `from_pretrained`."""
-    if name is None:
-        return None
-    hub = {key: kwargs[key] for key in ("revision", *HUB, "subfolder") if kwargs.get(key) is not None}
-    file = find_adapter_config_file(str(name), **hub)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+def find_adapter(name, kwargs):
+    """
+    Whether a folder or a Hub id holds an adapter, or an auto class was called with one.
+
+    Args:
+        name (`str` or `Path`): what `from_pretrained` was called with.
+        kwargs (`dict`): its other arguments. An auto class puts its own name there where it has gone on to the base.
+
+    Returns:
+        `tuple[str, dict] | None`: the adapter's name, and the arguments with which its files are found.
+    """
+    given = kwargs.get("adapter_kwargs") or {}
+    name = given.get("_adapter_model_path", name)
+    where = {key: kwargs[key] for key in (*HUB, "revision", "subfolder") if kwargs.get(key)}
+    where |= {key: given[key] for key in where.keys() & given.keys()}
+    return None if name is None or find_adapter_config_file(str(name), **where) is None else (str(name), where)
 
 
-def load_with_adapter(cls, name, adapter_config, **kwargs):
+def load_with_adapter(cls, name, where, **kwargs):
     """
     The base that an adapter was trained on, with the adapter on it.
 
     Args:
         cls (`type`): [`AMVLForConditionalGeneration`].
         name (`str`): a Hub id or a folder with adapter, config.json and code.
-        adapter_config (`dict`): see [`adapter_config_of`].
-        **kwargs: of `from_pretrained`. `revision` and `subfolder` are the adapter's; the base's is in the adapter's configuration.
+        where (`dict`): see [`find_adapter`].
+        **kwargs: of `from_pretrained`, for the base; its revision is in the adapter's configuration.
 
     Returns:
-        [`AMVLForConditionalGeneration`]: in evaluation mode, the adapter frozen.
+        `PeftModel`: in evaluation mode, the adapter frozen.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the adapter does not say what its base is, or lacks weights.
+        ValueError: the adapter is not one of an AMVL model, does not say what its base is, or lacks weights.
     """
     if not is_peft_available():
         raise ImportError(f"`{name}` is an adapter: `pip install peft` loads it on its base.")
-    base = adapter_config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"`{name}` is an adapter that does not name its base, which was not loaded by a name: build that with "
-            "`from_backbone` and call `PeftModel.from_pretrained(base, adapter)`."
-        )
-    own = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
-    for key in ("config", "adapter_kwargs", "state_dict"):
-        kwargs.pop(key, None)
-    hub = {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
-    if cls.config_class.get_config_dict(name, **own, **hub)[0].get("model_type") != AMVLConfig.model_type:
+    if cls.config_class.get_config_dict(name, **where)[0].get("model_type") != AMVLConfig.model_type:
         raise ValueError(
             f"`{name}` is an adapter without the config.json of an AMVL model. If it is one, build its base with `from_backbone` and "
             "call `PeftModel.from_pretrained(base, adapter)`."
         )
-    config = cls.config_class.from_pretrained(name, **own, **hub)
+    config = cls.config_class.from_pretrained(name, **where)
+    with open(find_adapter_config_file(name, **where), encoding="utf-8") as file:
+        adapter_config = json.load(file)
+    base = adapter_config["base_model_name_or_path"]
+    if not base:
+        raise ValueError(
+            f"`{name}` is an adapter that does not name its base, which was not loaded by a name: build that with `from_backbone` "
+            "and call `PeftModel.from_pretrained(base, adapter)`."
+        )
+    kwargs = {key: value for key, value in kwargs.items() if key not in NOT_FOR_THE_BASE}
+    kwargs |= {"revision": adapter_config["revision"]} if adapter_config["revision"] else {}
     kwargs.setdefault("dtype", config.dtype or "auto")
-    if adapter_config.get("revision") is not None:
-        kwargs["revision"] = adapter_config["revision"]
-    base_hub = hub | {key: kwargs[key] for key in ("revision",) if key in kwargs}
-    if cls.config_class.get_config_dict(base, **base_hub)[0].get("model_type") == AMVLConfig.model_type:
+    base_where = {key: kwargs[key] for key in (*HUB, "revision") if key in kwargs}
+    if cls.config_class.get_config_dict(base, **base_where)[0].get("model_type") == AMVLConfig.model_type:
         model = cls.from_pretrained(base, **kwargs)
     else:
-        model = cls.from_backbone(base, **{key: getattr(config, key) for key in (*BUILT_WITH, *FREE)}, **kwargs)
-    for key in FREE:
+        model = cls.from_backbone(base, **{key: getattr(config, key) for key in BUILT_WITH}, **kwargs)
+    for key in ("latent_temperature", "multipass"):  # may have been another than the base's
         setattr(model.config, key, getattr(config, key))
-    model.generation_config = model.backbone.generation_config = GenerationConfig.from_pretrained(name, **own, **hub)
+    model.generation_config = model.backbone.generation_config = GenerationConfig.from_pretrained(name, **where)
     # By name: an import would make peft a requirement of every checkpoint that carries this code. Not by `load_adapter` of
     # transformers, which does not find the weights of DoRA and of a tied head.
     peft = importlib.import_module("peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
-            model = peft.PeftModel.from_pretrained(model, str(name), **own, **hub).get_base_model()
+            return peft.PeftModel.from_pretrained(model, name, **where).eval()
         except UserWarning as error:
             raise ValueError(f"The adapter `{name}` is not whole: {str(error)[:300]}") from error
-    model._hf_peft_config_loaded = True  # for the methods that transformers has for adapters
-    return model.eval()
 
 
 HUB = ("token", "cache_dir", "local_files_only", "force_download")
+NOT_FOR_THE_BASE = ("config", "adapter_kwargs", "state_dict", "revision", "subfolder")
 BUILT_WITH = (
     "num_latents",
     "latent_size",
@@ -163,4 +169,3 @@ BUILT_WITH = (
     "min_log_variance",
     "max_log_variance",
 )
-FREE = ("latent_temperature", "multipass")  # may be another than the base's

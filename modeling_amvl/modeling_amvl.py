@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .adapters_amvl import adapter_config_of, commit_of, load_with_adapter, refuse_other_latents, save_beside_adapter
+from .adapters_amvl import commit_of, find_adapter, load_with_adapter, refuse_other_latents, save_beside_adapter
 from .branching_amvl import PLANS, output_embeddings
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
@@ -252,9 +252,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         name = pretrained_model_name_or_path
         wants_loading_info = kwargs.pop("output_loading_info", False)
-        adapter_config = adapter_config_of(name, kwargs)
-        if adapter_config is not None:
-            model = load_with_adapter(cls, name, adapter_config, **kwargs)
+        if (found := find_adapter(name, kwargs)) is not None:
+            model = load_with_adapter(cls, *found, **kwargs).get_base_model()
+            model._hf_peft_config_loaded = True  # for the methods that transformers has for adapters
             return (model, {}) if wants_loading_info else model
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig):

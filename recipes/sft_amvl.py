@@ -10,7 +10,6 @@ The real thing, every field overridable on the command line:
 """
 
 import logging
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
+from trainer.adapters import merge_adapter
 from trainer.data.files import is_hub_id
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import report_of
@@ -74,7 +74,8 @@ class AMVLScriptArguments(ScriptArguments):
     merge_lora: bool = field(
         default=True,
         metadata={
-            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged, and push that one."
+            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged, and push that one. "
+            "`false` pushes the adapter alone, which loads on its base."
         },
     )
 
@@ -260,12 +261,17 @@ def main(arguments, training_args, model_config):
         trainer.push_to_hub(dataset_name=dataset_name)
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if get_quantization_config(model_config) is None:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+            processor.save_pretrained(folder)
+        else:
+            logger.warning(
+                "The adapter is merged into unquantised weights: the merged model is not exactly what was trained."
+            )
+            merge_adapter(training_args.output_dir, folder)
         trainer.create_model_card(dataset_name=dataset_name)
-        shutil.copy(folder.parent / "README.md", folder)
-        if training_args.push_to_hub:  # the adapter is left out: it carries no code, and would be loaded instead
+        trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
+        if training_args.push_to_hub:
             push_folder(folder, trainer.hub_model_id, training_args.hub_token, training_args.hub_revision)
 
 

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from modeling_amvl.adapters_amvl import NOTED, adapter_note
+from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl.adapters_amvl import NOTED, adapter_note, find_adapter, load_with_adapter
 from modeling_amvl.branching_amvl import output_embeddings
 
 
@@ -111,6 +112,23 @@ def settle_adapter(model, upcast=True):
             parameter.data = parameter.data.float()
     _name_base(config, inner)
     _anchor(config, model, adapter_note(inner.config, carries_row))
+
+
+def merge_adapter(name, folder, **kwargs):
+    """
+    Saves an adapter merged with its base, as a model that loads without peft, with processor and code.
+
+    Args:
+        name (`str` or `Path`): a Hub id or a folder that [`AMVLSFTTrainer`] saved.
+        folder (`str` or `Path`): where to.
+        **kwargs: of `from_pretrained`, `revision` of the adapter say.
+    """
+    found = find_adapter(name, kwargs)
+    if found is None:
+        raise ValueError(f"`name` is {str(name)!r}, which has no adapter_config.json.")
+    model = load_with_adapter(AMVLForConditionalGeneration, *found, **kwargs)
+    model.merge_and_unload().save_pretrained(folder)
+    AMVLProcessor.from_pretrained(found[0], **found[1]).save_pretrained(folder)
 
 
 def _refuse_settings(config, name):

@@ -391,12 +391,15 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             save_beside_adapter(amvl_model(self.model), folder)
         self._write_card(folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes the model card into the output folder, on the main process."""
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, merged_dir=None):
+        """
+        Writes the model card into the output folder, on the main process; into `merged_dir` that of an adapter's model merged with
+        its base.
+        """
         if self.is_world_process_zero():
-            self._write_card(self.args.output_dir, model_name, dataset_name)
+            self._write_card(merged_dir or self.args.output_dir, model_name, dataset_name, merged_dir is not None)
 
-    def _write_card(self, folder, model_name=None, dataset_name=None):
+    def _write_card(self, folder, model_name=None, dataset_name=None, is_merged=False):
         shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
         settings = {name: getattr(self.args, name) for name in shown}
         settings["optimiser steps"] = self.state.global_step
@@ -411,6 +414,7 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             hub_model_id=self.hub_model_id,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
+            is_adapter=isinstance(self.model, PeftModel) and not is_merged,
         )
         card.save(str(Path(folder) / "README.md"))
 
