@@ -3,11 +3,11 @@
 peft is imported where an adapter is loaded, and only there.
 """
 
+import copy
 import importlib
 import json
 import re
 import warnings
-from pathlib import Path
 
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -77,11 +77,13 @@ def commit_of(name, revision=None, **hub):
 
 def save_beside_adapter(model, folder):
     """What an adapter's folder needs for [`load_with_adapter`]: configuration, generation settings and this code."""
-    folder = Path(folder)
-    model.config.dtype = str(model.backbone.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    custom_object_save(model, folder, config=model.config)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.backbone.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    for part in (config, config.backbone_config):  # whether the base is quantised is for whoever loads it to say
+        vars(part).pop("quantization_config", None)
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
 
 
@@ -103,9 +105,9 @@ def find_adapter(name, kwargs):
     return None if name is None or find_adapter_config_file(str(name), **where) is None else (str(name), where)
 
 
-def load_with_adapter(cls, name, where, **kwargs):
+def load_base(cls, name, where, **kwargs):
     """
-    The base that an adapter was trained on, with the adapter on it.
+    The base that an adapter was trained on.
 
     Args:
         cls (`type`): [`AMVLForConditionalGeneration`].
@@ -114,11 +116,11 @@ def load_with_adapter(cls, name, where, **kwargs):
         **kwargs: of `from_pretrained`, for the base; its revision is in the adapter's configuration.
 
     Returns:
-        `PeftModel`: in evaluation mode, the adapter frozen.
+        [`AMVLForConditionalGeneration`]: ready for [`put_adapter`].
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the adapter is not one of an AMVL model, does not say what its base is, or lacks weights.
+        ValueError: the adapter is not one of an AMVL model, or does not say what its base is.
     """
     if not is_peft_available():
         raise ImportError(f"`{name}` is an adapter: `pip install peft` loads it on its base.")
@@ -147,6 +149,23 @@ def load_with_adapter(cls, name, where, **kwargs):
     for key in ("latent_temperature", "multipass"):  # may have been another than the base's
         setattr(model.config, key, getattr(config, key))
     model.generation_config = model.backbone.generation_config = GenerationConfig.from_pretrained(name, **where)
+    return model
+
+
+def put_adapter(model, name, where):
+    """
+    Puts an adapter on its base.
+
+    Args:
+        model ([`AMVLForConditionalGeneration`]): what [`load_base`] gave; changed in place.
+        name (`str`), where (`dict`): see [`find_adapter`].
+
+    Returns:
+        `PeftModel`: in evaluation mode, the adapter frozen.
+
+    Raises:
+        ValueError: it lacks weights, or was trained around another model.
+    """
     # By name: an import would make peft a requirement of every checkpoint that carries this code. Not by `load_adapter` of
     # transformers, which does not find the weights of DoRA and of a tied head.
     peft = importlib.import_module("peft")

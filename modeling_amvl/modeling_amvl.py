@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .adapters_amvl import commit_of, find_adapter, load_with_adapter, refuse_other_latents, save_beside_adapter
+from .adapters_amvl import commit_of, find_adapter, load_base, put_adapter, refuse_other_latents, save_beside_adapter
 from .branching_amvl import PLANS, output_embeddings
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
@@ -32,6 +32,10 @@ from .refusals_amvl import (
     refuse_right_padding,
     refuse_token,
 )
+
+
+# What transformers, PEFT, TRL and accelerate look at to tell that weights are quantised.
+QUANTISED = {"hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"}
 
 
 @dataclass
@@ -102,6 +106,11 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = [
+        "prior_head",
+        "posterior_head",
+        "latent_projection",
+    ]  # a quantiser leaves these as they are
     _tied_weights_keys = {}  # PEFT collects those of the backbone, but not beside `None`
 
     def __init__(self, config, backbone=None):
@@ -227,6 +236,10 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.reset_latents()
         model.generation_config = backbone.generation_config
         model.base_commit = commit
+        for key in QUANTISED & vars(backbone).keys():
+            setattr(model, key, getattr(backbone, key))
+        if "quantization_config" in vars(backbone.config):
+            config.quantization_config = backbone.config.quantization_config
         return model.train(training)
 
     def reset_latents(self):
@@ -253,7 +266,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         name = pretrained_model_name_or_path
         wants_loading_info = kwargs.pop("output_loading_info", False)
         if (found := find_adapter(name, kwargs)) is not None:
-            model = load_with_adapter(cls, *found, **kwargs).get_base_model()
+            model = put_adapter(load_base(cls, *found, **kwargs), *found).get_base_model()
             model._hf_peft_config_loaded = True  # for the methods that transformers has for adapters
             return (model, {}) if wants_loading_info else model
         config = kwargs.get("config")

@@ -261,14 +261,11 @@ def main(arguments, training_args, model_config):
         trainer.push_to_hub(dataset_name=dataset_name)
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
-        if get_quantization_config(model_config) is None:
+        if (quantization_config := get_quantization_config(model_config)) is None:
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
             processor.save_pretrained(folder)
         else:
-            logger.warning(
-                "The adapter is merged into unquantised weights: the merged model is not exactly what was trained."
-            )
-            merge_adapter(training_args.output_dir, folder)
+            merge_adapter(training_args.output_dir, folder, quantization_config=quantization_config)
         trainer.create_model_card(dataset_name=dataset_name)
         trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
         if training_args.push_to_hub:

@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from modeling_amvl.adapters_amvl import NOTED, adapter_note, find_adapter, load_with_adapter
+from modeling_amvl.adapters_amvl import NOTED, adapter_note, find_adapter, load_base, put_adapter
 from modeling_amvl.branching_amvl import output_embeddings
 
 
@@ -121,13 +121,18 @@ def merge_adapter(name, folder, **kwargs):
     Args:
         name (`str` or `Path`): a Hub id or a folder that [`AMVLSFTTrainer`] saved.
         folder (`str` or `Path`): where to.
-        **kwargs: of `from_pretrained`, `revision` of the adapter say.
+        **kwargs: of `from_pretrained`, `revision` of the adapter say. With the `quantization_config` of a QLoRA run it is merged
+            into the rounded weights that it was trained on, dequantised; without, into the base as it was, which is another model.
     """
     found = find_adapter(name, kwargs)
     if found is None:
         raise ValueError(f"`name` is {str(name)!r}, which has no adapter_config.json.")
-    model = load_with_adapter(AMVLForConditionalGeneration, *found, **kwargs)
-    model.merge_and_unload().save_pretrained(folder)
+    model = load_base(AMVLForConditionalGeneration, *found, **kwargs)
+    if kwargs.get("quantization_config") is not None:
+        model.dequantize()
+        for part in (model.config, model.config.backbone_config):
+            vars(part).pop("quantization_config", None)
+    put_adapter(model, *found).merge_and_unload().save_pretrained(folder)
     AMVLProcessor.from_pretrained(found[0], **found[1]).save_pretrained(folder)
 
 
