@@ -173,7 +173,7 @@ def put_adapter(model, name, where):
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             return peft.PeftModel.from_pretrained(model, name, **where).eval()
-        except UserWarning as error:
+        except (KeyError, UserWarning) as error:
             raise ValueError(f"The adapter `{name}` is not whole: {str(error)[:300]}") from error
 
 

@@ -128,7 +128,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.prior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.posterior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.latent_projection = nn.Linear(config.latent_size, hidden_size)
-        config.tie_word_embeddings = output_embeddings(self.backbone).weight is self.get_input_embeddings().weight
+        self._note_tied_table()
         self.base_commit = None  # of the Hub's repository that it was loaded from
         self.auto_plan = "shared"  # what `multipass="auto"` stands for; the trainer's self-test may change it
         self.post_init()
@@ -288,6 +288,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         # With the latents off it is the backbone that generates; the file of settings is read for the whole alone.
         model.backbone.generation_config = model.generation_config
+        model._note_tied_table()  # it was not tied yet when it was built
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
         model.base_commit = commit_of(name, **hub)
         return (model, info) if wants_loading_info else model
@@ -302,6 +303,10 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         if self._hf_peft_config_loaded:  # transformers saves the adapter alone
             save_beside_adapter(self, save_directory)
+
+    def _note_tied_table(self):
+        """Where PEFT looks for it; it then changes the placeholder's row in both."""
+        self.config.tie_word_embeddings = output_embeddings(self.backbone).weight is self.get_input_embeddings().weight
 
     @property
     def peft_config(self):
@@ -427,6 +432,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_right_padding(attention_mask)
         refuse_compiled(self.backbone)
         self.config.validate_latents()
+        refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         plan = self.auto_plan if self.config.multipass == "auto" else self.config.multipass
         placeholders = self._placeholders(input_ids) if with_prior else None
         return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs}, placeholders)
@@ -610,6 +616,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_right_padding(kwargs.get("attention_mask"))
         refuse_compiled(self.backbone)
         self.config.validate_latents()
+        refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         if temperature < 0:
             raise ValueError(f"`latent_temperature` must be 0 or more, got {temperature}.")
