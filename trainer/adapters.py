@@ -10,6 +10,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.adapters_amvl import NOTED, adapter_note, find_adapter, load_base, put_adapter
@@ -102,7 +103,8 @@ def settle_adapter(model, upcast=True):
     if not carries_row:
         logger.warning(
             "The adapter `%s` does not carry the row of `<latent>`, which stays as it is: whoever loads it needs a base built "
-            "with `initial_token_id=%s`. A `peft_config` that is passed to the trainer carries it, on most backbones.",
+            "with `initial_token_id=%s`. A `peft_config` that is passed to the trainer carries it, on most backbones, but not under "
+            "ZeRO-3.",
             adapter,
             inner.config.initial_token_id,
         )
@@ -178,7 +180,9 @@ def _add_placeholder_row(peft_config, model):
     # What PEFT 0.21 does to the table: it looks rows up itself, and multiplies by a tied head's weight itself.
     looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
     multiplies = head.weight is not table.weight or (type(head) is nn.Linear and head.bias is None)
-    if not (looks_up and multiplies):
+    if (
+        not (looks_up and multiplies) or is_deepspeed_zero3_enabled()
+    ):  # whose shards PEFT does not gather on every device
         return  # `settle_adapter` says so
     given = peft_config.trainable_token_indices or {}
     given = {name: given} if isinstance(given, list) else dict(given)
