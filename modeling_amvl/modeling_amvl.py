@@ -106,11 +106,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules = [
-        "prior_head",
-        "posterior_head",
-        "latent_projection",
-    ]  # a quantiser leaves these as they are
+    # A quantiser leaves them as they are.
+    _keep_in_fp32_modules = ["prior_head", "posterior_head", "latent_projection"]
     _tied_weights_keys = {}  # PEFT collects those of the backbone, but not beside `None`
 
     def __init__(self, config, backbone=None):
