@@ -82,12 +82,6 @@ ARMS = (
     Arm("k = 8", "k and d", latents={"num_latents": 8}),
     Arm("d = 16", "k and d", latents={"latent_size": 16}),
     Arm("d = 256", "k and d", latents={"latent_size": 256}),
-    Arm("LoRA", "LoRA, KL warm-up of 30%", training={"kl_warmup_steps": 0.3}, lora=LORA),
-    Arm(
-        "LoRA, placeholder not warm",
-        "LoRA, KL warm-up of 30%",
-        training={"kl_warmup_steps": 0.3},
-        latents={"initial_token_id": None},
-        lora=LORA,
-    ),
+    Arm("LoRA, 3 x the steps", "LoRA", length=3, lora=LORA),
+    Arm("LoRA, 3 x the steps, placeholder not warm", "LoRA", length=3, latents={"initial_token_id": None}, lora=LORA),
 )
