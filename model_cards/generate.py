@@ -24,6 +24,7 @@ def render_card(
     licence=None,
     data_licences=None,
     diagnosis=None,
+    is_adapter=False,
 ):
     """
     The model card of a checkpoint.
@@ -37,11 +38,13 @@ def render_card(
         datasets (`list[str]`, *optional*), licence (`str`, *optional*): for the card's metadata.
         data_licences (`str`, *optional*): of the training data, a line for each source.
         diagnosis (`dict`, *optional*): what recipes/diagnose_amvl.py wrote as `diagnosis.json`: its verdict and table.
+        is_adapter (`bool`, defaults to `False`): a PEFT adapter, to be loaded on its base.
 
     Returns:
         `huggingface_hub.ModelCard`.
     """
     backbone = config.backbone_config._name_or_path or None
+    base = (is_adapter and config._name_or_path) or backbone  # an adapter may be one of a trained AMVL model
     metrics = metrics or {}
     evaluation = [
         {"name": name, "nll": metrics[f"eval_nll_{key}"], "accuracy": metrics[f"eval_accuracy_{key}"]}
@@ -49,10 +52,11 @@ def render_card(
         if f"eval_nll_{key}" in metrics
     ]
     card_data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=["amvl", "latent-reasoning", "trl", "sft"],
-        base_model=backbone if backbone and not Path(backbone).exists() else None,
+        tags=["amvl", "latent-reasoning", "trl", "sft", *(["lora", "transformers"] if is_adapter else [])],
+        base_model=base if base and not Path(base).exists() else None,
+        base_model_relation="adapter" if is_adapter else None,
         datasets=datasets,
         license=licence,
     )
@@ -64,6 +68,10 @@ def render_card(
         num_latents=config.num_latents,
         latent_size=config.latent_size,
         latent_temperature=config.latent_temperature,
+        latent_token_id=config.latent_token_id,
+        initial_token_id=config.initial_token_id,
+        is_adapter=is_adapter,
+        built_from_stock=not config._name_or_path,
         backbone=card_data.base_model,
         evaluation=evaluation,
         settings=settings,

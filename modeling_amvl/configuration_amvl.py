@@ -45,6 +45,8 @@ class AMVLConfig(PreTrainedConfig):
             Size Z of one slot; the paper's default.
         latent_token_id (`int`, defaults to 0):
             Id of the `<latent>` placeholder, a row of the backbone's embedding table.
+        initial_token_id (`int`, *optional*):
+            Id of the token as whose embedding the placeholder started, if any; says where the weights come from.
         initial_log_variance (`float`, defaults to -6.0):
             Log-variance of a fresh prior and posterior, around means of unit variance; taken between the bounds. Not
             stated in the paper; low, so that the decoder learns to read the latents before the KL terms widen them.
@@ -70,6 +72,7 @@ class AMVLConfig(PreTrainedConfig):
     num_latents: int = 8
     latent_size: int = 512
     latent_token_id: int = 0
+    initial_token_id: int | None = None
     initial_log_variance: int | float = -6.0
     min_log_variance: int | float = -8.0
     max_log_variance: int | float = 4.0

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .branching_amvl import PLANS, Cuts, as_leaf
+from .adapters_amvl import commit_of, find_adapter, load_base, put_adapter, refuse_other_latents, save_beside_adapter
+from .branching_amvl import PLANS, Cuts, as_leaf, output_embeddings
 from .configuration_amvl import AMVLConfig
 from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
 from .latents_amvl import GaussianHead, draw_noise, reset_projection, sample_latents, upcast
@@ -32,6 +33,10 @@ from .refusals_amvl import (
     refuse_token,
 )
 from .sharding_amvl import whole
+
+
+# What transformers, PEFT, TRL and accelerate look at to tell that weights are quantised.
+QUANTISED = {"hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"}
 
 
 @dataclass
@@ -104,6 +109,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # A quantiser leaves them as they are.
+    _keep_in_fp32_modules = ["prior_head", "posterior_head", "latent_projection"]
+    _tied_weights_keys = {}  # PEFT collects those of the backbone, but not beside `None`
 
     def __init__(self, config, backbone=None):
         if config.model_type != AMVLConfig.model_type:
@@ -120,6 +128,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.prior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.posterior_head = GaussianHead(hidden_size, config.latent_size, *bounds)
         self.latent_projection = nn.Linear(config.latent_size, hidden_size)
+        self._note_tied_table()
+        self.base_commit = None  # of the Hub's repository that it was loaded from
         self.auto_plan = "shared"  # what `multipass="auto"` stands for; the trainer's self-test may change it
         self.post_init()
         # FSDP looks each of them up, and CLIP's vision tower alone, say, also names a layer of its text tower.
@@ -157,7 +167,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 has no tokenizer. The table grows only if it has no such row; a row that is new starts at its mean.
             initial_token_id (`int`, *optional*): id of the token whose embedding the placeholder starts as, best
                 `AMVLProcessor.answer_start_id`: what the model knows to say after the prompt is then in the latents from the
-                start. `generate` never says the placeholder then. By default its row stays as it is. Not stated in the paper.
+                start. By default its row stays as it is. Not stated in the paper. `generate` never says the placeholder.
             initial_log_variance, min_log_variance, max_log_variance, latent_temperature, multipass: see [`AMVLConfig`].
             **model_kwargs: passed to `from_pretrained` where `model_or_id` is a string, `dtype` or `device_map` say.
 
@@ -169,12 +179,14 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         # Drawn before the backbone is loaded, which takes random numbers of its own under some engines.
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        commit = None
         if isinstance(model_or_id, (str, os.PathLike)):
             revision = {key: model_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_kwargs}
             backbone_config = AutoConfig.from_pretrained(model_or_id, **revision)
             refuse_config(backbone_config)
             if latent_token_id is None:
                 latent_token_id = _first_free_id(model_or_id, revision)
+            commit = commit_of(model_or_id, **revision)
             backbone = AutoModelForImageTextToText.from_pretrained(model_or_id, **model_kwargs)
         elif isinstance(model_or_id, nn.Module) and (
             isinstance(model_or_id, PreTrainedModel) or hasattr(model_or_id, "_orig_mod")
@@ -212,14 +224,16 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.backbone_config = backbone.config
         refuse_token(backbone, latent_token_id, num_rows)
         refuse_initial_token(initial_token_id, latent_token_id, num_rows)
+        config.initial_token_id = initial_token_id
         _reserve_latent_token(backbone, latent_token_id, num_rows)
         if initial_token_id is not None:
             table = backbone.get_input_embeddings().weight
             with torch.no_grad(), whole(table):
                 table[latent_token_id] = table[initial_token_id]
-            # Where the table is the output layer's, too, the placeholder would now be as likely as that token.
-            suppressed = backbone.generation_config.suppress_tokens or []
-            backbone.generation_config.suppress_tokens = sorted({*suppressed, latent_token_id})
+        # Where the table is the output layer's, too, the placeholder may be as likely as that token, or become so when an
+        # adapter brings its row.
+        suppressed = backbone.generation_config.suppress_tokens or []
+        backbone.generation_config.suppress_tokens = sorted({*suppressed, latent_token_id})
 
         training = backbone.training
         model = cls(config, backbone)
@@ -228,6 +242,11 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             part.to(device=weight.device, dtype=backbone.dtype)
         model.reset_latents(generator)
         model.generation_config = backbone.generation_config
+        model.base_commit = commit
+        for key in QUANTISED & vars(backbone).keys():
+            setattr(model, key, getattr(backbone, key))
+        if "quantization_config" in vars(backbone.config):
+            config.quantization_config = backbone.config.quantization_config
         return model.train(training)
 
     def reset_latents(self, generator=None):
@@ -249,12 +268,17 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        Loads a trained AMVL model, see `PreTrainedModel.from_pretrained`.
+        Loads a trained AMVL model, see `PreTrainedModel.from_pretrained`; an adapter on the base that it was trained on.
 
         Raises:
             ValueError: the checkpoint is another model type, or lacks the latent parts.
         """
         name = pretrained_model_name_or_path
+        wants_loading_info = kwargs.pop("output_loading_info", False)
+        if (found := find_adapter(name, kwargs)) is not None:
+            model = put_adapter(load_base(cls, *found, **kwargs), *found).get_base_model()
+            model._hf_peft_config_loaded = True  # for the methods that transformers has for adapters
+            return (model, {}) if wants_loading_info else model
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig):
             model_type = config.model_type
@@ -263,7 +287,6 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_type = cls.config_class.get_config_dict(config or name, **given)[0].get("model_type")
         refuse_model_type(model_type, name)
         kwargs.setdefault("use_safetensors", True)
-        wants_loading_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         parts = ("prior_head.", "posterior_head.", "latent_projection.")
         mismatched = {key for key, *_ in info["mismatched_keys"]}
@@ -275,6 +298,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         # With the latents off it is the backbone that generates; the file of settings is read for the whole alone.
         model.backbone.generation_config = model.generation_config
+        model._note_tied_table()  # it was not tied yet when it was built
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        model.base_commit = commit_of(name, **hub)
         return (model, info) if wants_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
@@ -291,6 +317,28 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
         finally:
             self.__class__ = sharded_class
+        if self._hf_peft_config_loaded:  # transformers saves the adapter alone
+            save_beside_adapter(self, save_directory)
+
+    def _note_tied_table(self):
+        """Where PEFT looks for it; it then changes the placeholder's row in both."""
+        self.config.tie_word_embeddings = output_embeddings(self.backbone).weight is self.get_input_embeddings().weight
+
+    @property
+    def peft_config(self):
+        """The adapters on this model, by name. PEFT sets it; an adapter that was trained around another model is refused."""
+        if "_adapters" not in vars(self):
+            raise AttributeError("`peft_config`: there is no adapter.")
+        return vars(self)["_adapters"]
+
+    @peft_config.setter
+    def peft_config(self, adapters):
+        refuse_other_latents(self.config, adapters)
+        vars(self)["_adapters"] = adapters
+
+    @peft_config.deleter
+    def peft_config(self):
+        del vars(self)["_adapters"]
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -417,6 +465,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_right_padding(attention_mask)
         refuse_compiled(self.backbone)
         self.config.validate_latents()
+        refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         plan = self.auto_plan if self.config.multipass == "auto" else self.config.multipass
         placeholders = self._placeholders(input_ids) if with_prior else None
         return PLANS[plan](self.backbone, input_ids, {"attention_mask": attention_mask, **inputs}, placeholders)
@@ -606,6 +655,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_right_padding(kwargs.get("attention_mask"))
         refuse_compiled(self.backbone)
         self.config.validate_latents()
+        refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         if temperature < 0:
             raise ValueError(f"`latent_temperature` must be 0 or more, got {temperature}.")

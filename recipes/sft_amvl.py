@@ -10,7 +10,6 @@ The real thing, every field overridable on the command line:
 """
 
 import logging
-import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
+from trainer.adapters import merge_adapter
 from trainer.data.files import is_hub_id
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import report_of
@@ -76,7 +76,8 @@ class AMVLScriptArguments(ScriptArguments):
     merge_lora: bool = field(
         default=True,
         metadata={
-            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged, and push that one."
+            "help": "With LoRA: also save the merged model, which loads without peft, into `output_dir`/merged, and push that one. "
+            "`false` pushes the adapter alone, which loads on its base."
         },
     )
 
@@ -218,8 +219,7 @@ def load_model(arguments, model_config, processor):
     return AMVLForConditionalGeneration.from_backbone(
         name,
         latent_token_id=processor.latent_token_id,
-        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
-        initial_token_id=None if model_config.use_peft else processor.answer_start_id,
+        initial_token_id=processor.answer_start_id,
         **latents,
         **settings,
     )
@@ -267,12 +267,14 @@ def main(arguments, training_args, model_config):
         trainer.push_to_hub(dataset_name=dataset_name)
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if (quantization_config := get_quantization_config(model_config)) is None:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+            processor.save_pretrained(folder)
+        else:
+            merge_adapter(training_args.output_dir, folder, quantization_config=quantization_config)
         trainer.create_model_card(dataset_name=dataset_name)
-        shutil.copy(folder.parent / "README.md", folder)
-        if training_args.push_to_hub:  # the adapter is left out: it carries no code, and would be loaded instead
+        trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
+        if training_args.push_to_hub:
             push_folder(folder, trainer.hub_model_id, training_args.hub_token, training_args.hub_revision)
 
 

@@ -22,6 +22,7 @@ from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration, AMVLProcesso
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CODE = {
+    "adapters_amvl.py",
     "branching_amvl.py",
     "cache_amvl.py",
     "configuration_amvl.py",

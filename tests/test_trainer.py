@@ -716,7 +716,9 @@ def test_lora_keeps_heads_and_projection_trainable_and_leaves_frozen_vision_alon
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert set(trainer.model.peft_config["default"].modules_to_save) == HEADS
     of_heads = {name for name in trainable if ".modules_to_save." in name}
-    adapters = trainable - of_heads
+    rows = {name for name in trainable if "trainable_tokens_delta" in name}
+    assert len(rows) == 1  # the placeholder's
+    adapters = trainable - of_heads - rows
     assert {name.split(".modules_to_save.")[0].rsplit(".", 1)[-1] for name in of_heads} == HEADS
     assert any(".language_model." in name for name in adapters)
     assert all("lora_" in name and "vision_tower." not in name for name in adapters)

@@ -51,8 +51,9 @@ from modeling_amvl.branching_amvl import output_embeddings
 from modeling_amvl.families_amvl import REQUIRED_IN_TRAINING
 from modeling_amvl.refusals_amvl import named_tokens, refuse_backbone, refuse_config
 
+from .adapters import LATENT_MODULES, prepare_peft_config, settle_adapter
 from .objective import amvl_loss
-from .sft_trainer import LATENT_MODULES, AMVLSFTTrainer, amvl_model
+from .sft_trainer import AMVLSFTTrainer, amvl_model
 from .staged_backward import run_stages
 
 
@@ -144,7 +145,7 @@ def build_model(
         refuse_backbone(backbone)
         model = AMVLForConditionalGeneration._from_config(config, backbone=backbone, dtype=dtype)
     if peft_config is not None:
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *LATENT_MODULES})
+        peft_config = prepare_peft_config(peft_config, model)
     if freeze_vision:
         AMVLSFTTrainer._freeze_vision(model, peft_config)
     elif vision_encoder(backbone) is not None:
@@ -156,6 +157,7 @@ def build_model(
         model.activation_checkpointing_enable({"use_reentrant": False})
     if peft_config is not None:
         model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+        settle_adapter(model)
         if gradient_checkpointing:
             model.enable_input_require_grads()
     _say_on_cpu(model)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, PromptLearningConfig
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, set_seed
 from trl import SFTTrainer
 
 from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl.adapters_amvl import save_beside_adapter
 from modeling_amvl.modeling_amvl import next_token_loss
 
+from .adapters import LATENT_MODULES, check_adapter, prepare_peft_config, settle_adapter
 from .collator import AMVLDataCollator
 from .data.stream_batches import undecoded
 from .hub import HubMixin
@@ -30,9 +32,6 @@ from .staged_backward import StagedBackwardMixin
 
 
 logger = logging.getLogger(__name__)
-
-# The parts that LoRA would freeze, which is to say switch off.
-LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
 class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingMixin, SFTTrainer):
@@ -89,11 +88,6 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
                 "`quantization_config` is not passed on: put it into `model_init_kwargs` of the `AMVLSFTConfig`, or load "
                 "the model with it."
             )
-        if isinstance(peft_config, PromptLearningConfig):
-            raise ValueError(
-                f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
-                "LoRA."
-            )
         check_loading(args, train_dataset)
         if isinstance(train_dataset, IterableDataset):
             train_dataset = undecoded(train_dataset)  # TRL looks at a row
@@ -110,11 +104,11 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if isinstance(model, str):
-            model = self._load(model, args, processing_class, peft_config)
+            model = self._load(model, args, processing_class)
             args.model_init_kwargs = None
         self._check_model(model, peft_config)
         if peft_config is not None:
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *LATENT_MODULES})
+            peft_config = prepare_peft_config(peft_config, amvl_model(model))
         if args.freeze_vision:
             self._freeze_vision(model, peft_config)
         embedding_norm = amvl_model(model).typical_embedding_norm()
@@ -128,6 +122,8 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             peft_config=peft_config,
             **kwargs,
         )
+        if isinstance(self.model, PeftModel):
+            self._settle_adapter()
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
         vars(amvl_model(self.model)).pop("forward", None)
         # TRL sets this for LoRA under ZeRO-3, for releases of DeepSpeed before 0.19.8; it would recompute layers without the
@@ -160,17 +156,18 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
         return AMVLProcessor.from_backbone(processing_class)
 
     @staticmethod
-    def _load(name, args, processor, peft_config):
+    def _load(name, args, processor):
         set_seed(args.seed)  # the heads' first weights, the same on every process
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
         if model_type_of(name) == "amvl":
             return AMVLForConditionalGeneration.from_pretrained(name, **settings)
-        # An adapter neither trains the table nor carries its row: whoever loads it would start from another one.
-        initial_token_id = processor.answer_start_id if peft_config is None else None
         return AMVLForConditionalGeneration.from_backbone(
-            name, latent_token_id=processor.latent_token_id, initial_token_id=initial_token_id, **settings
+            name,
+            latent_token_id=processor.latent_token_id,
+            initial_token_id=processor.answer_start_id,
+            **settings,
         )
 
     @staticmethod
@@ -181,13 +178,39 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
                 f"`model` is a `{type(inner).__name__}` without latents: wrap it with "
                 "`AMVLForConditionalGeneration.from_backbone`."
             )
-        if peft_config is None:
+        if isinstance(model, PeftModel):
+            check_adapter(model)
+        elif hasattr(model, "peft_config"):
+            raise ValueError(
+                "`model` was loaded with an adapter on it, which is frozen: to train that on, pass "
+                "`PeftModel.from_pretrained(base, adapter, is_trainable=True)`; to train another, merge it first."
+            )
+        elif peft_config is None:
             for name in LATENT_MODULES:
                 if not any(parameter.requires_grad for parameter in getattr(inner, name).parameters()):
                     raise ValueError(
-                        f"`{name}` is frozen, so the latents would not be trained: add {list(LATENT_MODULES)} to "
-                        "`modules_to_save` of the LoRA config, or pass it as `peft_config`."
+                        f"`{name}` is frozen, so the latents would not be trained: unfreeze it, or pass a `peft_config`."
                     )
+            language = inner.backbone.get_decoder()
+            if language is not None and not any(parameter.requires_grad for parameter in language.parameters()):
+                logger.warning(
+                    "The language model is frozen, as an adapter leaves it that was merged: heads and projection are trained alone. "
+                    "To train it, call `model.requires_grad_(True)` first, or pass a `peft_config`."
+                )
+
+    def _settle_adapter(self):
+        plugin = self.args.deepspeed_plugin
+        # Under ZeRO-3 all parameters are of one type.
+        settle_adapter(self.model, upcast=plugin is None or plugin.zero_stage != 3)
+        backbone = amvl_model(self.model).backbone
+        if self.args.freeze_vision:
+            encoder = backbone.get_encoder(modality="image")
+            trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+            if trained:
+                raise ValueError(
+                    f"`freeze_vision=True`, but the adapter trains {trained[:3]} of the vision encoder: set `bias='none'`, take it "
+                    "out of `modules_to_save`, or set `freeze_vision=False`."
+                )
 
     @staticmethod
     def _freeze_vision(model, peft_config):
@@ -414,14 +437,20 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, without_copies(state_dict, self.model) if state_dict else state_dict)
-        self._write_card(self.args.output_dir if output_dir is None else output_dir)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if isinstance(self.model, PeftModel):
+            save_beside_adapter(amvl_model(self.model), folder)
+        self._write_card(folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes the model card into the output folder, on the main process."""
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, merged_dir=None):
+        """
+        Writes the model card into the output folder, on the main process; into `merged_dir` that of an adapter's model merged with
+        its base.
+        """
         if self.is_world_process_zero():
-            self._write_card(self.args.output_dir, model_name, dataset_name)
+            self._write_card(merged_dir or self.args.output_dir, model_name, dataset_name, merged_dir is not None)
 
-    def _write_card(self, folder, model_name=None, dataset_name=None):
+    def _write_card(self, folder, model_name=None, dataset_name=None, is_merged=False):
         shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
         settings = {name: getattr(self.args, name) for name in shown}
         settings["optimiser steps"] = self.state.global_step
@@ -436,6 +465,7 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             hub_model_id=self.hub_model_id,
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
+            is_adapter=isinstance(self.model, PeftModel) and not is_merged,
         )
         card.save(str(Path(folder) / "README.md"))
 

@@ -77,6 +77,7 @@ def train_amvl(
     learning_rate=1e-3,
     seed=0,
     eval_rows=None,
+    peft_config=None,
     **config,
 ):
     """
@@ -87,6 +88,7 @@ def train_amvl(
         processor ([`AMVLProcessor`]): its processor.
         rows, output_dir, num_steps, batch_size, learning_rate, seed: see [`train_sft`].
         eval_rows (`datasets.Dataset`, *optional*): evaluated eight times along the run.
+        peft_config (`PeftConfig`, *optional*): trains an adapter, which is on the model afterwards.
         **config: further fields of [`AMVLSFTConfig`], which win over those of [`settings`].
 
     Returns:
@@ -102,6 +104,7 @@ def train_amvl(
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=processor,
+        peft_config=peft_config,
     )
     trainer.train()
     model.zero_grad(set_to_none=True)

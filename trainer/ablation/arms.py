@@ -9,6 +9,7 @@ LATENTS = {"num_latents": 2, "latent_size": 64}
 
 # The paper's objective, without what this project adds. Of what it leaves open, beta and the warm-up are the defaults.
 PAPER = {"ntp_weight": 1.0, "prior_ntp_weight": 0.0, "gamma": 0.001, "kl_order": "forward_first"}
+LORA = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear"}
 ONE_TERM = {**PAPER, "kl_order": "together"}  # with one KL term there is no other to wait for
 
 
@@ -24,6 +25,7 @@ class Arm:
         training (`dict`): fields of [`AMVLSFTConfig`] that differ from its defaults; of SFT, of [`~trl.SFTConfig`].
         latents (`dict`): arguments of [`add_latents`] that differ from `LATENTS`; `random_projection` starts the projection from
             noise of the same norm.
+        lora (`dict`): arguments of [`~peft.LoraConfig`]: an adapter is trained, by default all weights.
         length (`int`, defaults to 1): times the optimiser steps of the others.
         main (`bool`, defaults to `False`): run with every seed, not only with the first ones.
     """
@@ -33,6 +35,7 @@ class Arm:
     kind: str = "amvl"
     training: dict = field(default_factory=dict)
     latents: dict = field(default_factory=dict)
+    lora: dict = field(default_factory=dict)
     length: int = 1
     main: bool = False
 
@@ -45,6 +48,7 @@ class Arm:
             "length": self.length,
             "training": {**objective, **self.training},
             "latents": {} if self.kind == "sft" else {**LATENTS, **self.latents},
+            **({"lora": self.lora} if self.lora else {}),
         }
 
 
@@ -78,4 +82,6 @@ ARMS = (
     Arm("k = 8", "k and d", latents={"num_latents": 8}),
     Arm("d = 16", "k and d", latents={"latent_size": 16}),
     Arm("d = 256", "k and d", latents={"latent_size": 256}),
+    Arm("LoRA, 3 x the steps", "LoRA", length=3, lora=LORA),
+    Arm("LoRA, 3 x the steps, placeholder not warm", "LoRA", length=3, latents={"initial_token_id": None}, lora=LORA),
 )

@@ -7,6 +7,7 @@ held-out rows. Another seed has other rows, another order and other initial head
 import time
 
 import torch
+from peft import LoraConfig
 
 from ..base import add_latents, load_base
 from ..data.color_steps import FIRST_STEPS, build_color_steps
@@ -60,7 +61,8 @@ def run_arm(arm, seed, num_steps, num_train_rows, num_test_rows, batch_size, lea
             weight = model.latent_projection.weight
             torch.nn.init.normal_(weight, std=float(weight.detach().square().mean().sqrt()))
         start = time.perf_counter()
-        train_amvl(model, processor, train_rows, output_dir, **{**shared, **arm.training})
+        peft_config = LoraConfig(**arm.lora) if arm.lora else None
+        train_amvl(model, processor, train_rows, output_dir, peft_config=peft_config, **{**shared, **arm.training})
     else:
         model, processor = load_base()
         model.get_encoder(modality="image").requires_grad_(False)
