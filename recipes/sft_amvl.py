@@ -27,6 +27,7 @@ from trainer.data.reader import licence_text
 from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
 from trainer.hub import push_folder
+from trainer.resuming import resolve_checkpoint
 from trainer.sft_trainer import model_type_of
 
 
@@ -236,6 +237,7 @@ def main(arguments, training_args, model_config):
             "`model_name_or_path` and `dataset_name` are needed, in the YAML file or on the command line; without any "
             "argument the embedded default runs."
         )
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     evaluates = training_args.eval_strategy != "no"
     report_dir = Path(training_args.output_dir) / "data_report"
     processor = load_processor(arguments, model_config)
@@ -251,7 +253,7 @@ def main(arguments, training_args, model_config):
         processing_class=processor,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
     trainer.save_model(training_args.output_dir, _internal_call=True)  # pushed below, when all is saved

@@ -16,6 +16,8 @@ from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .collator import AMVLDataCollator
+from .data.skipping import SkippingMixin
+from .faults import FaultsMixin
 from .hub import HubMixin
 from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(HubMixin, SFTTrainer):
+class AMVLSFTTrainer(FaultsMixin, SkippingMixin, HubMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -96,7 +98,9 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             )
         if args.check_dataset and isinstance(data_collator, AMVLDataCollator):
             named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+            # Rows of a kind that is skipped later must not stop the run now.
+            named = named if args.on_bad_row == "skip" else {"train_dataset": train_dataset, **named}
+            for name, dataset in named.items():
                 if isinstance(dataset, Dataset):
                     check_dataset(dataset, data_collator, name)
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
@@ -348,7 +352,9 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
             device = self.accelerator.device
             summed = self.accelerator.reduce(summed.to(device, torch.float32), reduction="sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
-        for name, (value, weight) in zip(values, summed.tolist(), strict=True):
+        sums = dict(zip(values, summed.tolist(), strict=True))
+        self._check_terms(sums)
+        for name, (value, weight) in sums.items():
             totals[name][0] += value
             totals[name][1] += weight
 
@@ -390,6 +396,7 @@ class AMVLSFTTrainer(HubMixin, SFTTrainer):
         shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
         settings = {name: getattr(self.args, name) for name in shown}
         settings["optimiser steps"] = self.state.global_step
+        settings |= self.skipped()
         settings["rows per step"] = (
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )
