@@ -1,10 +1,13 @@
 """Runs that are killed, stopped, or meet what is broken: real processes, real signals, real files."""
 
 import contextlib
+import functools
 import json
+import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser
 
 from recipes import sft_amvl
-from trainer import AMVLSFTConfig
+from trainer import AMVLSFTConfig, AMVLSFTTrainer
 from trainer.data.color_steps import build_color_steps
 from trainer.resuming import STAGING
 
@@ -70,16 +73,16 @@ def command(local, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run") if folder is None else folder
         names = {"model_name_or_path": local / "stock", "dataset_name": local / dataset, "output_dir": folder}
         given = names | SETTINGS | settings
-        return [word for key, value in given.items() for word in (f"--{key}", str(value))], folder
+        return [word for key, value in given.items() for word in (f"--{key}", *str(value).split())], folder
 
     return make
 
 
-def run_recipe(words, file_limit=None):
+def run_recipe(words, callback=None, file_limit=None):
     if file_limit is not None:
-        import resource
-
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    if callback is not None:
+        sft_amvl.AMVLSFTTrainer = functools.partial(AMVLSFTTrainer, callbacks=[callback])
     parser = TrlParser((sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig))
     sft_amvl.main(*parser.parse_args_and_config(words))
 
@@ -91,6 +94,7 @@ def started(words, log, **settings):
         with open(log, "a", buffering=1) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+            logging.basicConfig(force=True, stream=file)
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 run_recipe(words, **settings)
 
@@ -148,8 +152,40 @@ def whole(command, tmp_path_factory):
     return make
 
 
+class Event(TrainerCallback):
+    """Does something once, at an event and step."""
+
+    def __init__(self, event, step, act):
+        self.event, self.step, self.act = event, step, act
+
+    def at(self, event, state, kwargs):
+        if event == self.event and state.global_step == self.step:
+            self.event = None
+            self.act(kwargs["model"])
+
+
+for event in (
+    "on_step_begin",
+    "on_substep_end",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+):
+
+    def call(self, args, state, control, event=event, **kwargs):
+        self.at(event, state, kwargs)
+
+    setattr(Event, event, call)
+
+
+def fail(model):
+    raise RuntimeError("planted")
+
+
 STREAM = {"dataset": "parquet", "dataset_streaming": True}
-LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules": "q_proj"}
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules": "q_proj v_proj"}
 
 
 @pytest.mark.parametrize(
@@ -181,3 +217,60 @@ def test_a_run_killed_again_and_again_ends_as_the_run_that_was_not(command, whol
     assert finished([*words, "--resume_from_checkpoint", "true"], log) == 0, log.read_text()
     assert_same_run(folder, whole(**settings))
     assert not (folder / STAGING).exists()
+
+
+@pytest.mark.parametrize(
+    ("event", "step"),
+    [
+        ("on_step_begin", 4),  # the first of an epoch
+        ("on_substep_end", 5),  # in the middle of an accumulation
+        ("on_pre_optimizer_step", 7),
+        ("on_step_end", 5),
+        ("on_log", 8),
+        ("on_evaluate", 8),
+    ],
+)
+def test_an_error_anywhere_leaves_the_last_finished_step_and_resuming_goes_on_from_it(command, whole, event, step):
+    settings = LORA | {"merge_lora": False, "logging_steps": 2, "save_steps": 100}  # its dropout draws random numbers
+    words, folder = command(**settings)
+    assert finished(words, folder / "log", callback=Event(event, step, fail)) == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert f"Training stops at step {step} (RuntimeError: planted)" in (folder / "log").read_text()
+    assert finished([*words, "--resume_from_checkpoint", "true"], folder / "log") == 0
+    weights, others = (load_file(path / "adapter_model.safetensors") for path in (folder, whole(**settings)))
+    assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
+    if event not in ("on_evaluate", "on_log"):  # which are not made up for
+        assert history(folder) == history(whole(**settings))
+
+
+def test_an_error_while_the_optimiser_is_at_work_leaves_the_weights_alone(command):
+    words, folder = command(save_steps=3)
+    assert finished(words, folder / "log", callback=Event("on_optimizer_step", 4, fail)) == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (folder / "weights-4" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("number", "exitcode"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(command, whole, number, exitcode):
+    words, folder = command(save_steps=100)
+    act = lambda model: os.kill(os.getpid(), number)  # noqa: E731
+    assert finished(words, folder / "log", callback=Event("on_substep_end", 5, act)) == exitcode
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert finished([*words, "--resume_from_checkpoint", "true"], folder / "log") == 0
+    assert_same_run(folder, whole())
+
+
+def test_a_dead_worker_stops_the_run_with_a_checkpoint(command, whole):
+    settings = {"dataloader_num_workers": 1}
+    words, folder = command(save_steps=100, **settings)
+
+    def kill_worker(model):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+
+    assert finished(words, folder / "log", callback=Event("on_step_begin", 5, kill_worker)) == 1
+    log = (folder / "log").read_text()
+    assert re.search(r"Training stops at step \d+ .*worker.* exited unexpectedly", log), log[-3000:]
+    assert int(newest(folder).name.split("-")[1]) >= 5
+    assert finished([*words, "--resume_from_checkpoint", "true"], folder / "log") == 0
+    assert_same_run(folder, whole())
