@@ -59,8 +59,10 @@ class CheckpointMixin:
             if self.args.on_failed_save == "continue":
                 logger.error("%s It goes on, and tries again at the next save.", message)
                 return
+            weights = self._save_weights(run_dir)
+            self._saved_step = None  # not to be tried again on the way out
             raise OSError(
-                f"{message} {self._save_weights(run_dir)} Make room and go on from the last whole checkpoint with "
+                f"{message} {weights} Make room and go on from the last whole checkpoint with "
                 "`resume_from_checkpoint=True`; `on_failed_save='continue'` would have gone on without this one."
             ) from failure.__cause__
         self._in_turn(staged, lambda: replace_folder(staged, run_dir / name))
@@ -86,12 +88,23 @@ class CheckpointMixin:
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self.write_whole(folder, lambda staged: super(CheckpointMixin, self).save_model(staged, _internal_call=True))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_whole(self, folder, write):
+        """
+        Writes files beside a folder and moves them into it when all are there.
+
+        Args:
+            folder (`Path`): where to.
+            write (`Callable`): called on all processes with the name of the folder to write into.
+
+        Raises:
+            OSError: it failed; what was in the folder before is still there.
+        """
         staged = folder / STAGING / "model"
-        failure = self._write(
-            staged,
-            lambda: super(CheckpointMixin, self).save_model(str(staged), _internal_call=True),
-            self._num_bytes(),
-        )
+        failure = self._write(staged, lambda: write(str(staged)), self._num_bytes())
         if failure is not None:
             kept = (
                 f" `{PREFIX_CHECKPOINT_DIR}-{self._saved_step}` has the last weights saved."
@@ -102,8 +115,6 @@ class CheckpointMixin:
                 f"The model could not be saved in `{folder}`: {failure} What was there before is as it was.{kept}"
             ) from failure.__cause__
         self._in_turn(staged, lambda: replace_files(staged, folder))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_weights(self, run_dir):
         """The model without what it takes to go on, which may still fit; says where it is."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data._utils import signal_handling
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback
 
 from .checkpoints import CheckpointMixin, remove
 from .resuming import STAGING, compare_settings, read_progress, resolve_checkpoint
@@ -104,7 +104,7 @@ class FaultsMixin(CheckpointMixin):
                     "max_grad_norm",
                 )
             }
-            | {"lr_scheduler_type": str(args.lr_scheduler_type), "warmup_steps": args.warmup_steps},
+            | {"lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value, "warmup_steps": args.warmup_steps},
         }
 
     # -----------------------------------------------------------------------------------------------------------------

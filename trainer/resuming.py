@@ -19,7 +19,12 @@ REPLACED = "replaced-"
 PROGRESS_NAME = "progress.json"
 TORCH_FILES = (".pt", ".pth", ".bin")
 WEIGHTS = ("*.safetensors", "pytorch_model*", "latest")  # whole, FSDP's, DeepSpeed's
-OPTIMIZERS = ("optimizer*", "latest")
+NEEDED = (
+    (WEIGHTS, "weights"),
+    (("optimizer*", "latest"), "state of the optimizer"),
+    (("scheduler.pt", "latest"), "state of the schedule"),
+    (("rng_state*",), "states of random generators"),
+)
 
 
 def resolve_checkpoint(asked, output_dir):
@@ -72,11 +77,7 @@ def what_is_wrong(folder):
         return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"it has no `{TRAINER_STATE_NAME}`"
-    for patterns, what in (
-        (WEIGHTS, "weights"),
-        (OPTIMIZERS, "state of the optimizer"),
-        (("rng_state*",), "`rng_state`"),
-    ):
+    for patterns, what in NEEDED:
         if not any(True for pattern in patterns for _ in folder.glob(pattern)):
             hint = "; to start from its weights alone, name it as the model" if what != "weights" else ""
             return f"it has no {what}{hint}"
