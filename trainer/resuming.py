@@ -143,7 +143,7 @@ def compare_settings(before, now, checkpoint, ignore_data_skip=False):
     Refuses to go on where weights would not fit, or rows be left out or seen twice; warns where the objective changes.
 
     Args:
-        before, now (`dict[str, dict]`): settings under `"model"`, `"data"` and `"schedule"`, as written down and as given.
+        before, now (`dict[str, dict]`): settings by what they are of, as written down and as given.
         checkpoint (`str`): the folder.
         ignore_data_skip (`bool`, defaults to `False`): whether the data start anew.
 
@@ -169,4 +169,10 @@ def compare_settings(before, now, checkpoint, ignore_data_skip=False):
             "`%s` goes on with other settings, and so not as the run that was cut: %s.",
             checkpoint,
             "; ".join(changed["schedule"]),
+        )
+    if changed["optimizer"]:
+        logger.warning(
+            "%s: `%s` brings its own along, so that the new value changes nothing.",
+            "; ".join(changed["optimizer"]),
+            checkpoint,
         )

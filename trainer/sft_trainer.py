@@ -15,12 +15,14 @@ from trl import SFTTrainer
 from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
+from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
-from .data.skipping import SkippingMixin
 from .faults import FaultsMixin
+from .finite import FiniteMixin
 from .hub import HubMixin
 from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
+from .progress import ProgressMixin
 from .schedules import kl_weights
 from .selftest import self_test
 from .sft_config import OBJECTIVE, AMVLSFTConfig
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(FaultsMixin, SkippingMixin, HubMixin, SFTTrainer):
+class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, HubMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 

@@ -1,32 +1,6 @@
 """Rows that turn out bad when they are fetched: named, or skipped for the next good one."""
 
 import torch
-from datasets import Dataset, IterableDataset
-
-
-class SkippingMixin:
-    """Has the training rows of a [`~transformers.Trainer`] fetched so that a bad one is named, or skipped: `on_bad_row`."""
-
-    def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
-    ):
-        args, given = self.args, self.data_collator
-        streamed = isinstance(dataset, torch.utils.data.IterableDataset)
-        if is_training and streamed and args.on_bad_row == "skip":
-            if isinstance(dataset, IterableDataset) and dataset.features is not None:
-                dataset = dataset.decode(False)  # the collator decodes: a stream that raises has ended
-            collator = self._get_collator_with_removed_columns(given, description)
-            dataset = CheckedStream(dataset, collator, args.max_skips_in_a_row)
-            self.data_collator = dataset.collate
-        elif is_training and not streamed:
-            unwrapped = self._remove_unused_columns(dataset, description) if isinstance(dataset, Dataset) else dataset
-            dataset, given_fn = NumberedRows(unwrapped), sampler_fn
-            sampler_fn = given_fn and (lambda rows: given_fn(rows.rows))
-            self.data_collator = NumberedCollator(given, dataset, args.on_bad_row == "skip", args.max_skips_in_a_row)
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        finally:
-            self.data_collator = given
 
 
 class NumberedRows(torch.utils.data.Dataset):
@@ -92,40 +66,42 @@ class NumberedCollator:
         raise too_many(self.most_in_a_row, error)
 
 
-class CheckedStream(torch.utils.data.IterableDataset):
+def good_rows(rows, collator, most_in_a_row):
     """
-    A stream without its bad rows, each good one with the bad ones before it; every row is collated to see whether it is good.
+    The rows of a stream that can be collated, each tried by itself.
 
     Args:
-        rows (`datasets.IterableDataset`): as they come, images undecoded.
+        rows (`Iterable[dict]`): as they come, images undecoded, since a stream that raises has ended.
         collator (`Callable`): of rows.
         most_in_a_row (`int`): bad rows that may follow each other.
+
+    Yields:
+        `dict`: a row; with `skipped_rows`, numbers and reasons of the bad ones before it, if there were any.
 
     Raises:
         ValueError: too many in a row.
     """
+    skipped = []
+    for number, row in enumerate(rows):
+        error = why_bad(row, collator)
+        if error is None:
+            yield row | {"skipped_rows": skipped} if skipped else row
+            skipped = []
+            continue
+        skipped.append((number, str(error)))
+        if len(skipped) > most_in_a_row:
+            raise too_many(most_in_a_row, error)
 
-    def __init__(self, rows, collator, most_in_a_row):
-        self.rows, self.collator, self.most_in_a_row = rows, collator, most_in_a_row
 
-    def __iter__(self):
-        skipped = []
-        for number, row in enumerate(self.rows):
-            error = why_bad(row, self.collator)
-            if error is None:
-                yield skipped, row
-                skipped = []
-                continue
-            skipped.append((number, str(error)))
-            if len(skipped) > self.most_in_a_row:
-                raise too_many(self.most_in_a_row, error)
+class CountingCollator:
+    """Collates rows of [`good_rows`], and hands on what was skipped before them."""
 
-    def set_epoch(self, epoch):
-        self.rows.set_epoch(epoch)
+    def __init__(self, collator):
+        self.collator = collator
 
-    def collate(self, items):
-        skipped = [pair for pairs, _ in items for pair in pairs]
-        batch = self.collator([row for _, row in items])
+    def __call__(self, rows):
+        skipped = [pair for row in rows for pair in row.get("skipped_rows", ())]
+        batch = self.collator(rows)
         return batch | {"skipped_rows": skipped} if skipped else batch
 
 
