@@ -27,6 +27,7 @@ from trainer.data.reader import licence_text
 from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
 from trainer.hub import push_folder
+from trainer.loading import check_loading, check_max_steps
 from trainer.resuming import resolve_checkpoint
 from trainer.sft_trainer import model_type_of
 
@@ -238,12 +239,15 @@ def main(arguments, training_args, model_config):
             "argument the embedded default runs."
         )
     checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    if arguments.dataset_streaming:
+        check_max_steps(training_args)
     evaluates = training_args.eval_strategy != "no"
     report_dir = Path(training_args.output_dir) / "data_report"
     processor = load_processor(arguments, model_config)
     train_dataset, eval_dataset, reports = load_rows(arguments, processor, evaluates, training_args.seed)
     if not arguments.dataset_streaming:
         save_reports(reports, report_dir, training_args)
+    check_loading(training_args, train_dataset)
     model = load_model(arguments, model_config, processor)
     trainer = AMVLSFTTrainer(
         model,

@@ -119,6 +119,7 @@ def wait_for(condition, process, seconds=60):
     while process.is_alive() and time.monotonic() < end:
         if condition():
             return True
+        time.sleep(0.002)
     return False
 
 

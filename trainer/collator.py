@@ -88,8 +88,7 @@ class AMVLDataCollator:
             `dict`: `prompt` and `completion` as text, `images` as a list of RGB images.
         """
         prompt, completion = split_turns(row, name)
-        images = row.get("image") if row.get("images") is None else row["images"]
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        images = images_of(row)
         if not images and not self.allow_text_only:
             raise ValueError(f"{name} has no image: give it one, or set `allow_text_only_rows=True`.")
         images = [read_image(image, f"{name}, image {number}", open_images) for number, image in enumerate(images)]
@@ -170,6 +169,12 @@ class AMVLDataCollator:
                 f"{name} has an answer of {length} tokens, more than `max_completion_length` "
                 f"({self.max_completion_length}): raise the limit or drop the row."
             )
+
+
+def images_of(row):
+    """The images of a row as a list, as they are stored."""
+    images = row.get("image") if row.get("images") is None else row["images"]
+    return [] if images is None else images if isinstance(images, (list, tuple)) else [images]
 
 
 def split_turns(row, name):

@@ -154,7 +154,7 @@ def compare_settings(before, now, checkpoint, ignore_data_skip=False):
         group: [
             f"`{name}` was {before[group][name]!r} and is {value!r} now"
             for name, value in now[group].items()
-            if name in before[group] and before[group][name] != value
+            if name in before.get(group, ()) and before[group][name] != value
         ]
         for group in now
     }

@@ -130,6 +130,13 @@ class AMVLSFTConfig(SFTConfig):
     max_skips_in_a_row: int = field(
         default=10, metadata={"help": "Most rows or steps that are skipped one after the other before the run stops."}
     )
+    shard_stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a streamed dataset, each process reads its own shards: faster, but the order of rows depends on the "
+            "number of processes, and a pass ends with the shortest part. By default each reads the whole stream, undecoded."
+        },
+    )
     self_test: bool = field(
         default=True,
         metadata={

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, PromptLearningConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
@@ -17,9 +17,11 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
 from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
+from .data.stream_batches import undecoded
 from .faults import FaultsMixin
 from .finite import FiniteMixin
 from .hub import HubMixin
+from .loading import LoadingMixin, check_loading
 from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
 from .progress import ProgressMixin
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, HubMixin, SFTTrainer):
+class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, HubMixin, LoadingMixin, SFTTrainer):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -93,6 +95,9 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
                 f"`peft_config` is a `{type(peft_config).__name__}`, whose virtual tokens do not reach the latents: use "
                 "LoRA."
             )
+        check_loading(args, train_dataset)
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = undecoded(train_dataset)  # TRL looks at a row
         processing_class = self._amvl_processor(model, processing_class)
         if data_collator is None:
             data_collator = AMVLDataCollator(
