@@ -139,6 +139,8 @@ def assert_same_run(folder, other):
     assert weights.keys() == others.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
     assert history(folder) == history(other)
+    cards = [(path / "README.md").read_text().replace(path.name, "run") for path in (folder, other)]
+    assert cards[0] == cards[1]
     assert newest(folder).name == newest(other).name == "checkpoint-14"
 
 

@@ -29,6 +29,7 @@ class CheckpointMixin:
     """
 
     _staged = None  # the folder that a checkpoint is written in at the moment
+    _alone = False  # of several processes, the one that writes does not wait for the others
     _saved_step = None  # optimiser steps in the newest checkpoint; none before the first step
 
     def _get_output_dir(self, trial):
@@ -98,13 +99,22 @@ class CheckpointMixin:
 
         Args:
             folder (`Path`): where to.
-            write (`Callable`): called on all processes with the name of the folder to write into.
+            write (`Callable`): takes the name of the folder to write into. Of a sharded model all processes have to call this.
 
         Raises:
             OSError: it failed; what was in the folder before is still there.
         """
         staged = folder / STAGING / "model"
-        failure = self._write(staged, lambda: write(str(staged)), self._num_bytes())
+        self._alone = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        try:
+            if self._alone and not self.args.should_save:
+                write(str(folder))  # has nothing to write, but may have to take part
+                return
+            failure = self._write(staged, lambda: write(str(staged)), self._num_bytes())
+            if failure is None:
+                self._in_turn(staged, lambda: replace_files(staged, folder))
+        finally:
+            self._alone = False
         if failure is not None:
             kept = (
                 f" `{PREFIX_CHECKPOINT_DIR}-{self._saved_step}` has the last weights saved."
@@ -114,7 +124,6 @@ class CheckpointMixin:
             raise OSError(
                 f"The model could not be saved in `{folder}`: {failure} What was there before is as it was.{kept}"
             ) from failure.__cause__
-        self._in_turn(staged, lambda: replace_files(staged, folder))
 
     def _save_weights(self, run_dir):
         """The model without what it takes to go on, which may still fit; says where it is."""
@@ -164,8 +173,11 @@ class CheckpointMixin:
 
     def _in_turn(self, staged, move):
         """The first process moves what is staged; where nodes share no disk, the first of each other node does, too."""
-        if self.is_world_process_zero() and staged.is_dir():
+        if (self._alone or self.is_world_process_zero()) and staged.is_dir():
             move()
+        if self._alone:
+            remove(staged)
+            return
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0:
             if not self.is_world_process_zero() and staged.is_dir():
@@ -190,7 +202,7 @@ class CheckpointMixin:
 
     def _shared_failure(self, error):
         """The error of this process, or one that tells another's; the same on all: `None` if none had any."""
-        if self.args.world_size == 1:
+        if self._alone or self.args.world_size == 1:
             return error
         flag = torch.tensor([float(error is not None)], device=self.accelerator.device)
         torch.distributed.all_reduce(flag)

@@ -89,6 +89,9 @@ class ProgressMixin:
             self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
             self._totals["train"].update(progress["totals"])
             self._num_dropped, self._num_skipped_rows = progress["num_dropped"], progress["num_skipped_rows"]
+        for entry in self.state.log_history:  # for the card, where none is made any more
+            if "eval_nll_prior" in entry:
+                self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
         self._window = self._progress()
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):

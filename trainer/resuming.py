@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,16 @@ def resolve_checkpoint(asked, output_dir):
                 f"checkpoint, or `true` for the last whole one of `{output_dir}`."
             )
         return str(asked)
-    checkpoints = sort_checkpoints(str(output_dir))[::-1]
+    numbered = {path.name.split("-", 1)[1]: path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     broken = {}
-    for checkpoint in checkpoints:
+    for number in sorted(filter(str.isdigit, numbered), key=int, reverse=True):
+        checkpoint = numbered[number]
         problem = what_is_wrong(checkpoint)
         if problem is None:
             for name, why in broken.items():
                 logger.warning("`%s` is passed over, it is not whole: %s.", name, why)
-            return checkpoint
-        broken[Path(checkpoint).name] = problem
+            return str(checkpoint)
+        broken[checkpoint.name] = problem
     written = [path.name for path in (output_dir / STAGING).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     found = [f"`{name}`: {why}" for name, why in broken.items()]
     found += [f"`{STAGING}/{name}`: it was being written when the run ended" for name in sorted(written)]
@@ -83,8 +84,8 @@ def what_is_wrong(folder):
             return f"it has no {what}{hint}"
     with contextlib.suppress(FileNotFoundError):
         tag = (folder / "latest").read_text().strip()  # DeepSpeed's
-        if not tag or not any((folder / tag).glob("*optim_states.pt")):
-            return f"it has no `{tag}`, which `latest` names"
+        if not tag or not any((folder / tag).glob("*.pt")):
+            return f"it has nothing in `{tag}`, which `latest` names"
     for path in sorted(folder.rglob("*")):
         if path.is_file() and (problem := _what_is_wrong_with(path)) is not None:
             return f"`{path.relative_to(folder)}` {problem}"

@@ -392,7 +392,8 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self._write_card(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            self._write_card(self.args.output_dir if output_dir is None else output_dir)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes the model card into the output folder, on the main process."""
