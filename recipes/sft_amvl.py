@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import load_dataset
+from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -248,6 +249,7 @@ def main(arguments, training_args, model_config):
     if not arguments.dataset_streaming:
         save_reports(reports, report_dir, training_args)
     check_loading(training_args, train_dataset)
+    set_seed(training_args.seed)  # the heads' first weights, the same on every process
     model = load_model(arguments, model_config, processor)
     trainer = AMVLSFTTrainer(
         model,

@@ -6,12 +6,16 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import datasets
 import pytest
@@ -28,6 +32,7 @@ from trainer.data.color_steps import build_color_steps
 from trainer.resuming import STAGING, what_is_wrong
 
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 FORKED = multiprocessing.get_context("fork")
 SETTINGS = {
     "num_latents": 3,
@@ -135,7 +140,8 @@ def newest(folder):
 
 def assert_same_run(folder, other):
     """The same weights and the same history, to the last bit."""
-    weights, others = (load_file(path / "model.safetensors") for path in (folder, other))
+    name = "adapter_model.safetensors" if (folder / "adapter_config.json").is_file() else "model.safetensors"
+    weights, others = (load_file(path / name) for path in (folder, other))
     assert weights.keys() == others.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
     assert history(folder) == history(other)
@@ -197,8 +203,15 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "lora_target_modules
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"logging_steps": 5, "save_steps": 2, "dataloader_num_workers": 1}, STREAM],
-    ids=["every step", "means over steps", "streamed"],
+    [
+        pytest.param({}, id="every step"),
+        pytest.param(
+            {"logging_steps": 5, "save_steps": 2, "dataloader_num_workers": 1},
+            marks=pytest.mark.slow,
+            id="means over steps",
+        ),
+        pytest.param(STREAM, marks=pytest.mark.slow, id="streamed"),
+    ],
 )
 def test_a_run_killed_again_and_again_ends_as_the_run_that_was_not(command, whole, settings):
     """Once in the middle of a write, once after a step: where exactly, the machine decides."""
@@ -226,14 +239,47 @@ def test_a_run_killed_again_and_again_ends_as_the_run_that_was_not(command, whol
     assert not (folder / STAGING).exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, LORA | {"merge_lora": False}, STREAM | {"logging_steps": 5}], ids=["full", "lora", "streamed"]
+)
+def test_the_real_command_killed_at_random_ends_as_the_run_that_was_not(command, tmp_path, settings):
+    """`accelerate launch recipes/sft_amvl.py`, all its processes killed at a moment that is another one each time."""
+
+    def launched(words, log):
+        recipe = [sys.executable, "-m", "accelerate.commands.launch", str(REPOSITORY / "recipes" / "sft_amvl.py")]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        with open(log, "a") as file:
+            return subprocess.Popen(
+                recipe + words, cwd=tmp_path, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+
+    words, whole = command(**settings)
+    assert launched(words, whole / "log").wait(300) == 0, (whole / "log").read_text()
+    words, folder = command(**settings)
+    log = folder / "log"
+    for _ in range(3):
+        num_logs = log.read_text().count("grad_norm") if log.is_file() else 0
+        resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
+        process = launched(words + resume, log)
+        while process.poll() is None and log.read_text().count("grad_norm") == num_logs:
+            time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(random.SystemRandom().uniform(0, 1))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    resume = ["--resume_from_checkpoint", "true"] if any(folder.glob("checkpoint-*")) else []
+    assert launched(words + resume, log).wait(300) == 0, log.read_text()
+    assert_same_run(folder, whole)
+
+
 @pytest.mark.parametrize(
     ("event", "step"),
     [
         ("on_step_begin", 4),  # the first of an epoch
         ("on_substep_end", 5),  # in the middle of an accumulation
         ("on_pre_optimizer_step", 7),
-        ("on_step_end", 5),
-        ("on_log", 8),
         ("on_evaluate", 8),
     ],
 )
@@ -246,7 +292,7 @@ def test_an_error_anywhere_leaves_the_last_finished_step_and_resuming_goes_on_fr
     assert finished([*words, "--resume_from_checkpoint", "true"], folder / "log") == 0
     weights, others = (load_file(path / "adapter_model.safetensors") for path in (folder, whole(**settings)))
     assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
-    if event not in ("on_evaluate", "on_log"):  # which are not made up for
+    if event != "on_evaluate":  # which is not made up for
         assert history(folder) == history(whole(**settings))
 
 
@@ -517,7 +563,7 @@ def two_ranks(command):
 RANKS = {"per_device_train_batch_size": 1, "dataloader_num_workers": 1, "load_best_model_at_end": False}
 
 
-@pytest.mark.parametrize("fault", ["worker", "signal"])
+@pytest.mark.parametrize("fault", [pytest.param("worker", marks=pytest.mark.slow), "signal"])
 def test_what_one_process_meets_stops_both_at_one_step_with_one_checkpoint(command, two_ranks, fault):
     words, folder = command(**RANKS | {"save_steps": 100})
 
