@@ -42,13 +42,15 @@ class GaussianHead(nn.Module):
         return mean, log_variance
 
     @torch.no_grad()
-    def reset(self, log_variance):
+    def reset(self, log_variance, generator=None):
         """Starts with means of unit variance, in directions at right angles, and every log-variance at the given value."""
         self.norm.reset_parameters()
-        directions = torch.empty_like(self.mean.weight, dtype=torch.float32)  # half precision has no QR
-        nn.init.orthogonal_(directions, gain=max(1.0, self.mean.out_features / self.mean.in_features) ** 0.5)
-        self.mean.weight.copy_(directions)
-        nn.init.normal_(self.log_variance.weight, std=0.1 * self.log_variance.in_features**-0.5)
+        # On the CPU, so that every machine draws the same, and in fp32: half precision has no QR.
+        drawn = torch.empty(self.mean.weight.shape)
+        gain = max(1.0, self.mean.out_features / self.mean.in_features) ** 0.5
+        self.mean.weight.copy_(nn.init.orthogonal_(drawn, gain=gain, generator=generator))
+        std = 0.1 * self.log_variance.in_features**-0.5
+        self.log_variance.weight.copy_(nn.init.normal_(drawn, std=std, generator=generator))
         nn.init.zeros_(self.mean.bias)
         nn.init.constant_(self.log_variance.bias, log_variance)
 

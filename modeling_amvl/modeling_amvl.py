@@ -31,6 +31,7 @@ from .refusals_amvl import (
     refuse_right_padding,
     refuse_token,
 )
+from .sharding_amvl import whole
 
 
 @dataclass
@@ -59,7 +60,7 @@ class AMVLOutput(ModelOutput):
         prior_mean, prior_log_variance (`torch.Tensor`): `(B, K, Z)`.
         posterior_mean, posterior_log_variance (`torch.Tensor`): `(B, K, Z)`.
         latents (`torch.Tensor`): `(B, K, Z)`, what the decoder read.
-        latent_norm (`torch.Tensor`): scalar, mean norm with which a latent entered the decoder; without gradient.
+        latent_norm (`torch.Tensor`): `(B,)`, mean norm with which a row's latents entered the decoder; without gradient.
         prior_loss, prior_logits (`torch.Tensor`): as `loss` and `logits`, decoded from a sample of the prior; with
             `decode_prior=True` only.
         no_latents_loss, no_latents_logits (`torch.Tensor`): as `loss` and `logits`, decoded by the bare backbone from
@@ -119,6 +120,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.latent_projection = nn.Linear(config.latent_size, hidden_size)
         self.auto_plan = "shared"  # what `multipass="auto"` stands for; the trainer's self-test may change it
         self.post_init()
+        # FSDP looks each of them up, and CLIP's vision tower alone, say, also names a layer of its text tower.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules or ()) & present
 
     # -----------------------------------------------------------------------------------------------------------------
     # From a stock model, and back from disk
@@ -161,6 +165,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the backbone cannot carry latents, or a setting under which they would do nothing.
         """
+        # Drawn before the backbone is loaded, which takes random numbers of its own under some engines.
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         if isinstance(model_or_id, (str, os.PathLike)):
             revision = {key: model_kwargs[key] for key in ("revision", "token", "cache_dir") if key in model_kwargs}
             backbone_config = AutoConfig.from_pretrained(model_or_id, **revision)
@@ -183,7 +189,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         refuse_compiled(backbone)
         refuse_backbone(backbone)
-        num_rows = backbone.get_input_embeddings().weight.shape[0]
+        embeddings = backbone.get_input_embeddings()
+        with whole(embeddings.weight):
+            num_rows = embeddings.weight.shape[0]
         latent_token_id = num_rows if latent_token_id is None else latent_token_id
         try:
             config = cls.config_class(
@@ -204,9 +212,9 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_initial_token(initial_token_id, latent_token_id, num_rows)
         _reserve_latent_token(backbone, latent_token_id, num_rows)
         if initial_token_id is not None:
-            with torch.no_grad():
-                embeddings = backbone.get_input_embeddings().weight
-                embeddings[latent_token_id] = embeddings[initial_token_id]
+            table = backbone.get_input_embeddings().weight
+            with torch.no_grad(), whole(table):
+                table[latent_token_id] = table[initial_token_id]
             # Where the table is the output layer's, too, the placeholder would now be as likely as that token.
             suppressed = backbone.generation_config.suppress_tokens or []
             backbone.generation_config.suppress_tokens = sorted({*suppressed, latent_token_id})
@@ -216,20 +224,23 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         weight = backbone.get_input_embeddings().weight
         for part in (model.prior_head, model.posterior_head, model.latent_projection):
             part.to(device=weight.device, dtype=backbone.dtype)
-        model.reset_latents()
+        model.reset_latents(generator)
         model.generation_config = backbone.generation_config
         return model.train(training)
 
-    def reset_latents(self):
+    def reset_latents(self, generator=None):
         """
         Starts prior and posterior as the same map, and the projection as its way back, at the norm of a typical token embedding.
 
         A fresh latent so enters the decoder as the state that it was read off, as in Coconut (arXiv 2412.06769); with fewer
         dimensions than the model has, as the part that they hold. Not stated in the paper.
+
+        Args:
+            generator (`torch.Generator`, *optional*): on the CPU, what the weights are drawn from.
         """
         config = self.config
         log_variance = min(max(config.initial_log_variance, config.min_log_variance), config.max_log_variance)
-        self.prior_head.reset(log_variance)
+        self.prior_head.reset(log_variance, generator)
         self.posterior_head.load_state_dict(self.prior_head.state_dict())
         reset_projection(self.latent_projection, self.prior_head.mean, self.typical_embedding_norm(), log_variance)
 
@@ -271,7 +282,13 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Weights keep the names they have in this model. The default of transformers renames those of some backbones to an
         older form, which a trainer that resumes or loads its best checkpoint does not read back.
         """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        # torch's FSDP2 gives a model a class of its own, whose files would be saved as the model's code.
+        sharded_class = type(self)
+        self.__class__ = next(cls for cls in sharded_class.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        finally:
+            self.__class__ = sharded_class
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
@@ -365,7 +382,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.posterior_mean, output.posterior_log_variance = mean, log_variance
         output.latents = sample_latents(mean, log_variance, temperature, noise=noise)
         embedded = self.embed_latents(output.latents)  # (B, K, D)
-        output.latent_norm = embedded.detach().float().norm(dim=-1).mean()
+        output.latent_norm = embedded.detach().float().norm(dim=-1).mean(-1)  # (B,)
         output.logits = self._decode(prompt, completion_ids, completion_mask, embedded)
         output.loss = next_token_loss(output.logits, targets, num_items_in_batch)
         if decode_prior:
@@ -502,7 +519,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_rows = self.config.get_text_config(decoder=True).vocab_size
         device = embeddings.weight.device
         ids = torch.linspace(0, num_rows - 1, min(num_rows, num_sampled), device=device).long()
-        norms = embeddings(ids[None])[0].float().norm(dim=-1)
+        with whole(*embeddings.parameters()):
+            norms = embeddings(ids[None])[0].float().norm(dim=-1)
         return float(norms[norms > 0].median())
 
     def _refuse_slots(self, name, value, num_rows):
@@ -670,8 +688,9 @@ def _reserve_latent_token(backbone, latent_token_id, num_rows):
         backbone.resize_token_embeddings(
             latent_token_id + 1, pad_to_multiple_of=EMBEDDING_ROWS_MULTIPLE, mean_resizing=False
         )
-        with torch.no_grad():
-            for module in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
+        tables = (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+        with torch.no_grad(), whole(*{table.weight: None for table in tables}):
+            for module in tables:
                 module.weight[num_rows:] = module.weight[:num_rows].float().mean(0).to(module.weight.dtype)
 
 

@@ -40,14 +40,10 @@ from trainer.planning import (
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TIGHT = 0.9  # of a GPU's memory
-REENTRANT_WITH_LORA = ("zero3", "zero3_offload")  # under gradient checkpointing, which AMVLSFTTrainer refuses
 NOTES = """\
 step: activations, what the backward pass makes on its way, and the gradients that it holds back until the last branch has passed.
 buckets: gradients on their way between GPUs. gathered: whole layers of weights that are shared out. host: a machine with all GPUs.
 tight: more than 90 % of the memory; CUDA's context and NCCL take 1 to 2 GiB of it, and fragmentation is not modelled."""
-REFUSED = (
-    "refused: AMVLSFTTrainer stops at LoRA with ZeRO-3 and gradient checkpointing; set `gradient_checkpointing=False`."
-)
 
 
 @dataclass
@@ -150,11 +146,10 @@ def plan(arguments, training_args, model_config):
 
     rows = []
     for engine in arguments.engines:
-        refused = model_config.use_peft and training_args.gradient_checkpointing and engine in REENTRANT_WITH_LORA
         for num_gpus in [1] if engine == "single" else arguments.num_gpus:
             kept = kept_bytes(engine, sizes, num_gpus, mixed)
             step, cache = step_and_cache(engine in WHOLE_GRADIENTS)
-            rows.append(engine_row(engine, num_gpus, kept, step, cache, arguments.gpu_memory, refused))
+            rows.append(engine_row(engine, num_gpus, kept, step, cache, arguments.gpu_memory))
     return [
         parts_table(parts_of(model), sizes, model_config.use_peft),
         engines_table(rows, sequence, config, training_args, str(dtype), arguments.gpu_memory),
@@ -174,12 +169,11 @@ def parts_table(parts, sizes, use_peft):
     )
 
 
-def engine_row(engine, num_gpus, kept, step, cache, gpu_memory, refused):
+def engine_row(engine, num_gpus, kept, step, cache, gpu_memory):
     on_gpu = {key: value for key, value in kept.items() if key != "host"}
     total = sum(on_gpu.values()) + step
     share = total / (gpu_memory * GIB)
     verdict = "does not fit" if share > 1 else "tight" if share > TIGHT else "fits"
-    verdict = "refused" if refused else verdict
     numbers = [*on_gpu.values(), step, cache, total]
     host = f"{kept['host'] / GIB:.1f}" if kept["host"] else "-"
     return [engine, num_gpus, *(f"{number / GIB:.2f}" for number in numbers), verdict, host]
@@ -199,8 +193,6 @@ def main(arguments, training_args, model_config):
     for table in plan(arguments, training_args, model_config):
         print(render(table, markdown=False))
     print(NOTES)
-    if any("refused" in row for row in table[2]):
-        print(REFUSED)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def main(arguments, training_args, model_config):
     trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
-    trainer.save_model(training_args.output_dir, _internal_call=True)  # pushed below, when all is saved
+    trainer.save_whole_model(training_args.output_dir)  # pushed below, when all is saved
     dataset_name = arguments.dataset_name if is_hub_id(arguments.dataset_name) else None  # no path goes into a card
     merges = model_config.use_peft and arguments.merge_lora
     if training_args.push_to_hub and not merges:

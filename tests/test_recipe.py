@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -31,7 +32,7 @@ import trainer.demo
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import sft_amvl
 from recipes.prepare_data import PrepareArguments
-from trainer import AMVLSFTConfig
+from trainer import AMVLSFTConfig, planning
 from trainer.data.color_steps import FIRST_STEPS as KINDS
 from trainer.data.color_steps import build_color_steps
 from trainer.data.filters import load_filter
@@ -47,6 +48,9 @@ RECIPE = REPOSITORY / "recipes" / "sft_amvl.py"
 CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("configs/*.yaml"))
 MIXTURES = sorted(
     path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("mixtures/*.yaml")
+)
+ENGINES = sorted(
+    path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("accelerate/*.yaml")
 )
 DATACLASSES = (sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig)
 AMVL_COLUMNS = ["AMVL, prior Z", "another's Z", "latents off", "posterior Z"]
@@ -687,8 +691,8 @@ def test_the_values_are_those_of_the_paper_and_of_one_gpu(monkeypatch):
     assert {source["name"] for source in sources} == {"NOVAglow646/Monet-SFT-125K"}
 
 
-def test_every_yaml_file_is_a_config_or_a_mixture():
-    assert {*CONFIGS, *MIXTURES} == {
+def test_every_yaml_file_is_a_config_an_engine_or_a_mixture():
+    assert {*CONFIGS, *ENGINES, *MIXTURES} == {
         path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml")
     }
     assert MIXTURES
@@ -707,6 +711,24 @@ def test_a_mixture_opens_with_the_command_that_runs_it_and_says_what_readers_kno
         assert settings <= set(inspect.signature(Reader).parameters), settings
         for spec in source.get("filters", ()):
             load_filter(spec)
+
+
+def test_the_engines_are_those_that_are_planned():
+    assert {Path(path).stem for path in ENGINES} == set(planning.ENGINES)
+
+
+@pytest.mark.parametrize("path", ENGINES)
+def test_an_engine_opens_with_the_command_that_launches_it_and_is_what_accelerate_reads(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(Path(path).read_text().splitlines()[0])
+    assert words[:3] == ["#", "accelerate", "launch"]
+    launched = launch_command_parser().parse_args(words[3:])
+    assert launched.config_file == path and launched.training_script == "recipes/sft_amvl.py"
+    assert launched.training_script_args == ["--config", launched.training_script_args[1]]
+    assert launched.training_script_args[1] in CONFIGS
+    config = load_config_from_file(path)  # refuses keys that it does not know
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type.value == kinds.get(Path(path).stem, "DEEPSPEED")
 
 
 def test_the_recipe_tells_its_commands():

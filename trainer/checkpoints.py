@@ -80,30 +80,29 @@ class CheckpointMixin:
 
     def save_model(self, output_dir=None, _internal_call=False):
         """
-        Saves the model as [`~transformers.Trainer.save_model`] does; a file is replaced when all of them are written.
+        Saves the model, see [`~transformers.Trainer.save_model`]; a file is replaced when all of them are written.
 
         Raises:
             OSError: it failed; what was in the folder before is still there.
         """
         if self._staged is not None:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        self.write_whole(folder, lambda staged: super(CheckpointMixin, self).save_model(staged, _internal_call=True))
+        self.save_whole_model(self.args.output_dir if output_dir is None else output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def write_whole(self, folder, write):
+    def save_whole_model(self, output_dir):
         """
-        Writes files beside a folder and moves them into it when all are there.
+        Saves the model as `from_pretrained` takes it, whatever engine has the weights.
 
         Args:
-            folder (`Path`): where to.
-            write (`Callable`): takes the name of the folder to write into. Of a sharded model all processes have to call this.
+            output_dir (`str`): where to. Of a sharded model all processes have to call this.
 
         Raises:
             OSError: it failed; what was in the folder before is still there.
         """
+        folder, write = Path(output_dir), super().save_whole_model
         staged = folder / STAGING / "model"
         self._alone = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         try:

@@ -1,7 +1,10 @@
 """Settings of AMVL training."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
+from accelerate import PartialState
 from trl import SFTConfig
 
 
@@ -151,7 +154,22 @@ class AMVLSFTConfig(SFTConfig):
     def __repr__(self):
         return str(self)  # which hides `hub_token`; a dataclass makes one that shows it
 
+    def _join_cpu_ranks(self):
+        """Without an accelerator, accelerate would take each of the processes that it launched for a run of its own."""
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError(
+                "FSDP needs accelerators, and this machine has none, so that each process would train a model of its own: take "
+                "`recipes/accelerate/ddp.yaml` or `zero3.yaml` here."
+            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            PartialState(backend="gloo")
+            self.accelerator_config = {**(self.accelerator_config or {}), "use_configured_state": True}
+        else:
+            self.use_cpu = True
+
     def __post_init__(self):
+        if "RANK" in os.environ and not torch.accelerator.is_available() and PartialState._shared_state == {}:
+            self._join_cpu_ranks()
         super().__post_init__()
         for name in ("beta", "gamma", "ntp_weight", "prior_ntp_weight", "kl_warmup_steps", "kl_delay_steps"):
             value = getattr(self, name)

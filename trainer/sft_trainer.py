@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PromptLearningConfig
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 from trl import SFTTrainer
 
 from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl.modeling_amvl import next_token_loss
 
 from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
@@ -28,6 +29,7 @@ from .progress import ProgressMixin
 from .schedules import kl_weights
 from .selftest import self_test
 from .sft_config import OBJECTIVE, AMVLSFTConfig
+from .sharded_saving import ShardedSavingMixin, without_copies
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,9 @@ logger = logging.getLogger(__name__)
 LATENT_MODULES = ("prior_head", "posterior_head", "latent_projection")
 
 
-class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, HubMixin, LoadingMixin, SFTTrainer):
+class AMVLSFTTrainer(
+    FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, ShardedSavingMixin, HubMixin, LoadingMixin, SFTTrainer
+):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -133,11 +137,10 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
         )
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
         vars(amvl_model(self.model)).pop("forward", None)
+        # TRL sets this for LoRA under ZeRO-3, for releases of DeepSpeed before 0.19.8; it would recompute layers without the
+        # prompt's cache.
         if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "LoRA with ZeRO-3 and gradient checkpointing makes TRL use `use_reentrant=True`, which recomputes layers "
-                "without the prompt's cache: set `gradient_checkpointing=False`, or use ZeRO-2."
-            )
+            args.gradient_checkpointing_kwargs["use_reentrant"] = False
         self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
         self._num_rows_in_batch = None
         self._num_batches_run = 0  # by this process, of the step's
@@ -165,6 +168,7 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
 
     @staticmethod
     def _load(name, args, processor, peft_config):
+        set_seed(args.seed)  # the heads' first weights, the same on every process
         settings = {"dtype": "auto", **(args.model_init_kwargs or {})}
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             settings["device_map"] = None
@@ -334,18 +338,35 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
                 failed,
             )
 
+    def _num_own_rows(self, num_rows):
+        """Rows of a batch that are not there to fill up the last one of an evaluation, which several processes share."""
+        state = self.accelerator.gradient_state
+        if self.model.training or self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return num_rows
+        return min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows)
+
     @torch.no_grad()
     def _record(self, outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma):
         """Adds a batch to the running means, summed over devices."""
         mask, ids = inputs["completion_mask"].bool(), inputs["completion_ids"]
+        num_own = self._num_own_rows(len(ids))
+        has_fillers, first_rows = num_own < len(ids), slice(max(num_own, 1))
+        mask, ids = mask[first_rows], ids[first_rows]
+        prior, posterior = ([value[first_rows] for value in distribution] for distribution in (prior, posterior))
         num_rows, num_tokens = float(len(ids)), float(mask.sum())
         values = {name: (value, num_rows) for name, value in latent_statistics(prior, posterior).items()}
         values["beta"], values["gamma"] = (beta, num_rows), (gamma, num_rows)
-        values["latent_norm_ratio"] = (outputs["latent_norm"].item() / self._embedding_norm, num_rows)
+        values["latent_norm_ratio"] = (
+            outputs["latent_norm"][first_rows].mean().item() / self._embedding_norm,
+            num_rows,
+        )
         for source, prefix in (("posterior", ""), ("prior", "prior_"), ("no_latents", "no_latents_")):
             logits, loss = outputs.get(f"{prefix}logits"), outputs.get(f"{prefix}loss")
             if logits is None:
                 continue
+            logits = logits[first_rows]
+            if has_fillers:
+                loss = next_token_loss(logits, ids.masked_fill(~mask, -100))
             nll = loss.item() * (1.0 if num_items_in_batch is None else float(num_items_in_batch) / num_tokens)
             first = logits.argmax(-1) == ids
             values[f"token_accuracy_{source}"] = ((first & mask).sum().item() / num_tokens, num_tokens)
@@ -355,6 +376,7 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
                 values[f"nll_{source}"] = (nll, num_tokens)
                 values[f"accuracy_{source}"] = ((first | ~mask).all(1).sum().item() / num_rows, num_rows)
         summed = torch.tensor([[value * weight, weight] for value, weight in values.values()], dtype=torch.float64)
+        summed *= num_own > 0
         if self.args.world_size > 1:
             device = self.accelerator.device
             summed = self.accelerator.reduce(summed.to(device, torch.float32), reduction="sum").cpu()
@@ -391,7 +413,7 @@ class AMVLSFTTrainer(FiniteMixin, FaultsMixin, ProgressMixin, CheckpointMixin, H
         self._signature_columns = ["messages", "prompt", "completion", "image", "images"]
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, without_copies(state_dict, self.model) if state_dict else state_dict)
         if self.args.should_save:
             self._write_card(self.args.output_dir if output_dir is None else output_dir)
 
