@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tiny import build_tiny_backbone
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -146,6 +147,16 @@ def test_a_checkpoint_moved_aside_for_one_that_never_came_is_put_back(copy):
 def test_a_run_that_would_not_go_on_is_refused_naming_both_values(rows, copy, settings, message):
     with pytest.raises(ValueError, match=message):
         build_trainer(rows, copy, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_run_cut_after_its_last_step_takes_no_further_one(rows, copy):
+    trainer = build_trainer(rows, copy, lr_scheduler_type="constant")
+    result = trainer.train(resume_from_checkpoint=True)
+    assert result.global_step == trainer.state.global_step == 4 and not (copy / "checkpoint-5").exists()
+    saved = load_file(copy / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], weight) for name, weight in saved.items())
+    progress = json.loads((copy / "checkpoint-4" / "progress.json").read_text())
+    assert result.training_loss == pytest.approx((progress["total_loss"] + progress["losses"][0]) / 4)
 
 
 def test_another_objective_or_length_is_said_naming_both_values(rows, copy, caplog):

@@ -94,6 +94,12 @@ class ProgressMixin:
                 self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
         self._window = self._progress()
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # cut after its last step; transformers would take one more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._window = self._progress()
