@@ -1,6 +1,7 @@
 """Measures how fast rows are read, prepared and collated, and what of a step of the embedded default that is.
 
     python recipes/benchmark_data.py --markdown recipes/BENCHMARKS_DATA.md
+    python recipes/benchmark_data.py --only padding skipping
 
 Small sources of every format are written to a temporary folder, with photographs of scikit-image as JPEG (512 x 384). Each is
 streamed through a `DataLoader` with 1 and with 2 workers, from the first row that arrives to the last: the record is parsed,
@@ -10,6 +11,11 @@ batches of 64, once decoded and once with their decoding by `datasets`.
 
 A step is forward, backward and optimizer of the embedded default with one thread, as it trains. What matters to a run is how long
 it waits for a batch: measured in the loop of a `DataLoader` that makes a step of each batch.
+
+Padding is counted, not timed, on lengths drawn as those of photographs and screenshots under Qwen2.5-VL's budget (256 to 1,280
+tokens), questions of some 40 tokens and answers of some 20, a fifth of them rationales of some 150: eight processes, four rows in a
+batch, four batches in a step. A process waits for the slowest at each batch. Skipping is what a resumed run does with the rows
+of a stream that are done.
 """
 
 import contextlib
@@ -24,6 +30,7 @@ from importlib import resources
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -37,6 +44,8 @@ from trainer.data.mixture import Mixture
 from trainer.data.photos import SCIKIT_IMAGE_PHOTOS
 from trainer.data.prepare import prepare
 from trainer.data.sources import READERS, read_rows
+from trainer.data.step_batches import step_batches
+from trainer.data.stream_batches import StreamBatches
 from trainer.demo import DemoArguments
 from trainer.measuring import facts_line, machine_facts, markdown_page, ratios, render, spread
 from trainer.objective import amvl_loss
@@ -44,6 +53,8 @@ from trainer.objective import amvl_loss
 
 SIZE = (512, 384)  # pixels of a photograph
 WORKERS = (1, 2)
+PARTS = ("collator", "readers", "preparing", "padding", "skipping")
+STEP = {"batch_size": 4, "num_batches": 4, "num_ranks": 8}  # of the table of padding
 
 
 @dataclass
@@ -52,12 +63,18 @@ class DataBenchmarkArguments:
 
     num_rows: int = field(default=1000, metadata={"help": "Rows of each source, and of the collator's."})
     rounds: int = field(default=3, metadata={"help": "Rounds; the tables show the median."})
+    only: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of `collator`, `readers`, `preparing`, `padding` and `skipping`; all by default."},
+    )
     markdown: str | None = field(default=None, metadata={"help": "File that the tables are also written to."})
 
     def __post_init__(self):
         for name, least in (("num_rows", 128), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if unknown := set(self.only or ()) - set(PARTS):
+            raise ValueError(f"`only` has {sorted(unknown)}: name some of {PARTS}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +215,9 @@ def measure_readers(arguments, root):
 
 def measure_preparing(arguments, root):
     seconds = []
+    for name in ("llava", "refocus"):
+        if not (root / name).exists():
+            WRITERS[name](root / name, photographs(arguments.num_rows))
     for num_proc in WORKERS:
         mixture = Mixture(
             [{"format": "llava", "name": str(root / "llava")}, {"format": "refocus", "name": str(root / "refocus")}]
@@ -305,6 +325,50 @@ def waiting_share(rows, num_workers, collator, step, size):
         step(batch)
 
 
+def drawn_lengths(num_rows):
+    """Tokens of prompt and of answer, as they might be: `(num_rows, 2)`."""
+    rng = np.random.default_rng(0)
+    pixels = np.exp(rng.normal(np.log(700 * 500), 0.7, num_rows))  # most photographs are of half a megapixel or less
+    image = np.clip(pixels / 28**2, 256, 1280)
+    question, answer = np.exp(rng.normal(np.log([[40, 20]]), [[0.6, 0.5]], (num_rows, 2))).T
+    rationale = np.exp(rng.normal(np.log(150), 0.4, num_rows))
+    return np.ceil(np.stack([image + question, np.where(rng.random(num_rows) < 0.2, rationale, answer)], 1)).astype(
+        int
+    )
+
+
+def measure_padding(arguments):
+    """Padded tokens by strategy, and what processes wait for."""
+    lengths = drawn_lengths(16 * arguments.num_rows)
+    total, table, chance = lengths.sum(), [], None
+    for strategy in ("random", "group_by_length", "batch_rebalance"):
+        settings = {"lengths": lengths.sum(1).tolist(), "seed": 0, **STEP}
+        parts = [
+            list(step_batches(strategy, len(lengths), **settings, rank=rank)) for rank in range(STEP["num_ranks"])
+        ]
+        # (ranks, batches): rows x (longest prompt + longest answer)
+        tokens = np.array([[len(batch) * lengths[batch].max(0).sum() for batch in part] for part in parts])
+        figures = np.array([tokens.sum(), tokens.max(0).sum(), tokens.max()])
+        chance = figures if chance is None else chance
+        table.append([strategy, f"{1 - total / tokens.sum():.3f}", *(f"{value:.2f}" for value in figures / chance)])
+    columns = ["`train_sampling_strategy`", "padding / all tokens", "tokens", "tokens of the slowest", "largest batch"]
+    return f"Padding, {len(lengths)} rows; the last three are ratios to `random`", columns, table
+
+
+def measure_skipping(arguments, root):
+    """Rows per second that a resumed run passes over, and that one reads that decodes them."""
+    WRITERS["trl"](root / "stream", photographs(arguments.num_rows))
+    stream = datasets.load_dataset(str(root / "stream"), split="train", streaming=True)
+    speeds = {}
+    for name, rows in (("skipped", StreamBatches(stream, 1)), ("decoded", stream)):
+        speeds[name] = []
+        for _ in range(arguments.rounds):
+            start = time.perf_counter()
+            speeds[name].append(sum(1 for _ in rows) / (time.perf_counter() - start))
+    row = ["parquet, one process", *(f"{statistics.median(speeds[name]):.0f}" for name in ("skipped", "decoded"))]
+    return "Rows per second of a stream", ["", "skipped", "decoded"], [row]
+
+
 @contextlib.contextmanager
 def quiet():
     """Without the progress bars."""
@@ -317,9 +381,18 @@ def quiet():
 def main(arguments):
     torch.set_num_threads(1)
     facts = f"{arguments.num_rows} rows, {arguments.rounds} rounds\n{facts_line(machine_facts())}"
-    tables = measure_collator(arguments)
+    parts, tables = arguments.only or PARTS, []
+    if "collator" in parts:
+        tables += measure_collator(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        tables += [measure_readers(arguments, Path(folder)), measure_preparing(arguments, Path(folder))]
+        if "readers" in parts:
+            tables.append(measure_readers(arguments, Path(folder)))
+        if "preparing" in parts:
+            tables.append(measure_preparing(arguments, Path(folder)))
+        if "padding" in parts:
+            tables.append(measure_padding(arguments))
+        if "skipping" in parts:
+            tables.append(measure_skipping(arguments, Path(folder)))
     print("\n".join([facts, "", *(render(table, markdown=False) for table in tables)]))
     if arguments.markdown is not None:
         command = " ".join(["python recipes/benchmark_data.py", *sys.argv[1:]])

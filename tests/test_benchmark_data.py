@@ -55,12 +55,31 @@ def test_waiting_is_the_share_that_batches_take_beside_the_steps(clock):
     assert waiting_share(Rows(8, clock, 0.0), 0, list, step, 2) == 0
 
 
+def test_padding_by_length_is_less_and_no_strategy_loses_a_row():
+    _, _, table = benchmark_data.measure_padding(DataBenchmarkArguments(num_rows=128))
+    shares = {row[0]: float(row[1]) for row in table}
+    assert shares["group_by_length"] < shares["random"] / 2 and shares["batch_rebalance"] < shares["random"] / 2
+    assert all(0 < share < 1 for share in shares.values())
+
+
+def test_a_part_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"`only` has \['speed'\]: name some of"):
+        DataBenchmarkArguments(only=["speed"])
+
+
 @pytest.mark.slow
 def test_the_script_prints_every_table_and_writes_them(monkeypatch, capsys, tmp_path):
     page = tmp_path / "page.md"
     benchmark_data.main(DataBenchmarkArguments(num_rows=128, rounds=1, markdown=str(page)))
     printed, written = capsys.readouterr().out, page.read_text()
-    for words in (*READERS, "Rows per second of a reader", "2 processes", "collator / step", "waiting for batches"):
+    for words in (
+        *READERS,
+        "Rows per second of a reader",
+        "2 processes",
+        "collator / step",
+        "waiting for batches",
+        "skipped",
+    ):
         assert words in printed and words in written
     torch.set_num_threads(1)
 

@@ -12,19 +12,16 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 from transformers.trainer_utils import seed_worker
 
 from .collator import AMVLDataCollator
 from .data.lengths import token_lengths
 from .data.skipping import CountingCollator, NumberedCollator, NumberedRows, good_rows
-from .data.step_batches import StepBatches
+from .data.step_batches import BY_LENGTH, step_batches
 from .data.stream_batches import StreamBatches
 
 
 logger = logging.getLogger(__name__)
-
-BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class LoadingMixin:
@@ -34,6 +31,8 @@ class LoadingMixin:
     An epoch's order is a function of seed and epoch. Step s takes its rows from s * n on, n being the rows of a step, and shares
     them out among processes and accumulated batches; a resumed run of the same n starts at the next row, and decodes none before it.
     """
+
+    _stream = None  # the training rows, if they are one: `StreamBatches`
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
@@ -51,6 +50,8 @@ class LoadingMixin:
         if is_stream:
             collate = self._get_collator_with_removed_columns(self.data_collator, description)
             is_shard = is_training and args.shard_stream and num_ranks > 1
+            if is_training and num_ranks > 1 and args.process_index == 0:
+                warn_of_shards(dataset.num_shards, num_ranks, is_shard)
             if is_shard:
                 dataset, num_ranks, rank = dataset.shard(num_ranks, rank), 1, 0
             drop_last = is_shard or is_training and args.dataloader_drop_last
@@ -63,7 +64,18 @@ class LoadingMixin:
         else:
             rows = NumberedRows(self._remove_unused_columns(dataset, description))
             collate = NumberedCollator(self.data_collator, rows, args.on_bad_row == "skip", args.max_skips_in_a_row)
-            batches = self._step_batches(dataset, batch_size, num_batches, num_ranks, rank)
+            lengths = self._lengths_of(dataset) if args.train_sampling_strategy in BY_LENGTH else None
+            batches = step_batches(
+                args.train_sampling_strategy,
+                len(dataset),
+                lengths,
+                args.seed if args.data_seed is None else args.data_seed,
+                batch_size=batch_size,
+                num_batches=num_batches,
+                num_ranks=num_ranks,
+                rank=rank,
+                drop_last=args.dataloader_drop_last,
+            )
             settings = {"batch_sampler": batches, "collate_fn": collate}
         if is_training:
             self._stream = rows if is_stream else None
@@ -93,36 +105,6 @@ class LoadingMixin:
             dispatch_batches=False,
             non_blocking=args.accelerator_config.non_blocking,
         )
-
-    def _step_batches(self, dataset, batch_size, num_batches, num_ranks, rank):
-        args, strategy, num_rows = self.args, self.args.train_sampling_strategy, len(dataset)
-        seed, rows_per_step = order_seed(args), batch_size * num_batches * num_ranks
-        if args.dataloader_drop_last and num_rows < rows_per_step:
-            raise ValueError(
-                f"`dataloader_drop_last=True` leaves none of the {num_rows} rows, since a step takes {rows_per_step}: set it "
-                "to `False`."
-            )
-        lengths = self._lengths_of(dataset) if strategy in BY_LENGTH else None
-        if strategy == "batch_rebalance":
-            return BatchRebalanceSampler(
-                lengths,
-                rows_per_step,
-                num_ranks,
-                num_batches,
-                seed=seed,
-                rank=rank,
-                drop_last=args.dataloader_drop_last,
-            )
-
-        def order(epoch):
-            generator = torch.Generator().manual_seed(seed + epoch)
-            if strategy == "sequential":
-                return list(range(num_rows))
-            if strategy == "group_by_length":
-                return get_length_grouped_indices(lengths, rows_per_step, generator=generator)
-            return torch.randperm(num_rows, generator=generator).tolist()
-
-        return StepBatches(order, num_rows, batch_size, num_batches, num_ranks, rank, args.dataloader_drop_last)
 
     def _lengths_of(self, dataset):
         args = self.args
@@ -160,6 +142,8 @@ class LoadingMixin:
                     steps_per_epoch,
                     num_update_steps_per_epoch,
                 )
+        elif self.state.global_step >= max_steps:  # transformers would train on, for one step
+            return num_train_epochs, 0
         elif num_batches:
             # Of a stream, transformers counts max_steps as one epoch: pass + steps of the pass / max_steps.
             epochs = math.ceil(saved.epoch) - 1
@@ -189,20 +173,14 @@ class LoadingMixin:
                 num_ended.sum().item(),
                 len(num_ended),
             )
-        self.control.should_epoch_stop = (
-            True  # and begin the next pass, instead of asking again at each step that is left
-        )
+        # Begin the next pass, instead of asking for each step that is left of the run.
+        self.control.should_epoch_stop = True
         return [], None
 
 
 def _collate(collator, rows):
     """An empty batch for one that a resumed run skips."""
     return collator(rows) if rows else {}
-
-
-def order_seed(args):
-    """The seed of the order of the rows."""
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def check_loading(args, dataset):
@@ -236,28 +214,30 @@ def check_loading(args, dataset):
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` needs the lengths of all rows, which a stream does not "
             "have: read the dataset map-style, or leave it out."
         )
-    num_processes = args.world_size * max(args.dataloader_num_workers, 1)
-    if args.shard_stream:
-        if dataset.num_shards < args.world_size:
-            raise ValueError(
-                f"`shard_stream=True`, but `train_dataset` has {dataset.num_shards} shards (files) for {args.world_size} "
-                "processes, some of which would get no rows: set it to `False`, where all read the whole stream, or write more "
-                "files."
-            )
-        if dataset.num_shards % args.world_size and args.process_index == 0:
-            logger.warning(
-                "`shard_stream=True` deals %d shards to %d processes: those that get one more leave about as much unread in each "
-                "pass. Write a multiple of %d files.",
-                dataset.num_shards,
-                args.world_size,
-                args.world_size,
-            )
-    elif args.world_size > 1 and args.process_index == 0:
+    if args.shard_stream and dataset.num_shards < args.world_size:
+        raise ValueError(
+            f"`shard_stream=True`, but `train_dataset` has {dataset.num_shards} shards (files) for {args.world_size} processes, "
+            "some of which would get no rows: set it to `False`, where all read the whole stream, or write more files."
+        )
+
+
+def warn_of_shards(num_shards, num_ranks, is_shard):
+    """Says, on the main process, what several processes read of a stream."""
+    if is_shard and num_shards % num_ranks:
         logger.warning(
-            "Each of %d processes reads the whole stream, and decodes only its own images: the order does not hang on how many "
-            "they are. `shard_stream=True` reads less (%d shards).",
-            num_processes,
-            dataset.num_shards,
+            "`shard_stream=True` deals %d shards to %d processes: those that get one more leave about as much unread in each "
+            "pass. Write a multiple of %d files.",
+            num_shards,
+            num_ranks,
+            num_ranks,
+        )
+    elif not is_shard:
+        logger.warning(
+            "Each of %d processes, and of their workers, reads the whole stream and decodes only its own images, so that the order "
+            "does not hang on how many they are. It has %d shards: `shard_stream=True` %s.",
+            num_ranks,
+            num_shards,
+            "reads less" if num_shards >= num_ranks else f"would read less, and needs {num_ranks}",
         )
 
 

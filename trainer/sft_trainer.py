@@ -50,7 +50,7 @@ class AMVLSFTTrainer(
         args ([`AMVLSFTConfig`], *optional*): settings.
         data_collator (`Callable`, *optional*): by default [`AMVLDataCollator`].
         train_dataset (`Dataset` or `IterableDataset`): rows as [`AMVLDataCollator`] takes them.
-        eval_dataset (`Dataset`, *optional*): rows of the same form; a `dict` of them is evaluated one by one.
+        eval_dataset (`Dataset` or `IterableDataset`, *optional*): rows of the same form; a `dict` of them is evaluated one by one.
         processing_class (`ProcessorMixin`, *optional*): an [`AMVLProcessor`] or a stock processor to make one of.
         peft_config (`PeftConfig`, *optional*): adapts the language model; heads and projection are trained and saved whole.
         **kwargs: `callbacks`, `optimizers`, `compute_metrics` and others of [`~trl.SFTTrainer`].

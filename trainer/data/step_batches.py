@@ -2,7 +2,12 @@
 
 from itertools import pairwise
 
+import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
+
+
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 def split_step(rows, num_groups, even=False):
@@ -62,3 +67,43 @@ class StepBatches(Sampler):
             is_whole = len(rows) == self.rows_per_step
             if num_batches := self.num_batches if is_whole else self.num_last_batches:
                 yield from split_step(rows, num_batches * self.num_ranks)[self.rank :: self.num_ranks]
+
+
+def step_batches(strategy, num_rows, lengths, seed, batch_size, num_batches, num_ranks, rank, drop_last=False):
+    """
+    The batches of one process in the order that transformers' `train_sampling_strategy` names, from seed and epoch alone.
+
+    Args:
+        strategy (`str`): `"random"`, `"sequential"`, `"group_by_length"` (steps of rows of about one length) or `"batch_rebalance"`
+            (the steps of `"random"`, each split into batches of about one cost).
+        num_rows (`int`): of an epoch.
+        lengths (`list[int]` or `None`): tokens of each row, for the last two.
+        seed (`int`): of the order.
+        batch_size, num_batches, num_ranks, rank, drop_last: as in [`StepBatches`].
+
+    Returns:
+        `Sampler`: of lists of row numbers.
+
+    Raises:
+        ValueError: `drop_last` leaves nothing.
+    """
+    rows_per_step = batch_size * num_batches * num_ranks
+    if drop_last and num_rows < rows_per_step:
+        raise ValueError(
+            f"`dataloader_drop_last=True` leaves none of the {num_rows} rows, since a step takes {rows_per_step}: set it to "
+            "`False`."
+        )
+    if strategy == "batch_rebalance":
+        return BatchRebalanceSampler(
+            lengths, rows_per_step, num_ranks, num_batches, seed=seed, rank=rank, drop_last=drop_last
+        )
+
+    def order(epoch):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        if strategy == "sequential":
+            return list(range(num_rows))
+        if strategy == "group_by_length":
+            return get_length_grouped_indices(lengths, rows_per_step, generator=generator)
+        return torch.randperm(num_rows, generator=generator).tolist()
+
+    return StepBatches(order, num_rows, batch_size, num_batches, num_ranks, rank, drop_last)
