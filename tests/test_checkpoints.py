@@ -1,5 +1,6 @@
 """Checkpoints are there as a whole or not at all, and only what can be gone on from is."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import build_tiny_backbone
+from torch.utils.data._utils import signal_handling
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
+from trainer.checkpoints import CheckpointMixin
 from trainer.data.color_steps import build_color_steps
+from trainer.faults import FaultsMixin
+from trainer.finite import FiniteMixin
+from trainer.progress import ProgressMixin
 from trainer.resuming import REPLACED, STAGING, resolve_checkpoint, what_is_wrong
 
 
@@ -220,3 +227,18 @@ def test_a_saved_model_takes_the_place_of_one_in_other_pieces(rows, tmp_path):
     build_trainer(rows, tmp_path, save_strategy="no").save_model()
     assert [path.name for path in tmp_path.glob("model*safetensors*")] == ["model.safetensors"]
     assert AMVLForConditionalGeneration.from_pretrained(tmp_path).config.num_latents == 3
+
+
+def test_what_is_overridden_is_still_what_transformers_calls():
+    """Another release that renames one of these would leave it uncalled, without an error."""
+    overridden = {
+        CheckpointMixin: {"_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "save_model"},
+        ProgressMixin: {"_run_epoch", "_maybe_log_save_evaluate", "_finalize_training", "evaluate", "log"},
+        FaultsMixin: {"train", "get_batch_samples", "prediction_step"},
+        FiniteMixin: {"_get_grad_norm"},
+    }
+    source = inspect.getsource(Trainer)
+    for mixin, names in overridden.items():
+        assert {name for name in vars(mixin) if hasattr(Trainer, name) and not name.startswith("__")} == names
+        assert all(f"self.{name}(" in source for name in names - {"train"})
+    assert signal_handling._SIGCHLD_handler_set in (True, False)

@@ -563,13 +563,17 @@ def two_ranks(command):
 RANKS = {"per_device_train_batch_size": 1, "dataloader_num_workers": 1, "load_best_model_at_end": False}
 
 
-@pytest.mark.parametrize("fault", [pytest.param("worker", marks=pytest.mark.slow), "signal"])
+@pytest.mark.parametrize(
+    "fault", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("worker", "nan")), "signal"]
+)
 def test_what_one_process_meets_stops_both_at_one_step_with_one_checkpoint(command, two_ranks, fault):
     words, folder = command(**RANKS | {"save_steps": 100})
 
     def meet(model):
         if fault == "worker":
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        elif fault == "nan":
+            model.latent_projection.register_forward_hook(lambda module, args, output: output * float("nan"))
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
