@@ -7,6 +7,8 @@ The embedded default, offline, on one CPU or GPU, in minutes:
 The real thing, every field overridable on the command line:
 
     accelerate launch recipes/sft_amvl.py --config recipes/configs/smolvlm_2b_single_gpu.yaml --learning_rate 5e-5
+
+Cut off, it goes on from its last checkpoint with the same command and `--resume_from_checkpoint true`.
 """
 
 import logging

@@ -164,7 +164,7 @@ class CheckpointMixin:
         if self.args.local_process_index == 0:
             remove(staged)
         explained = OSError(
-            f"{' '.join(str(failure).split())[:300]}. It needs about {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
+            f"{' '.join(str(failure).split())[:300]}. It needs at least {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
             f"free at `{staged.parent.parent}`."
         )
         explained.__cause__ = failure
@@ -186,12 +186,11 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
 
     def _num_bytes(self, with_state=False):
-        """What the weights take on the disk, and the state of the optimizer; of a sharded one what AdamW takes."""
+        """What the weights take on the disk, and the state of the optimizer where each process has all of it; at least."""
         adapter_only = isinstance(self.model, PeftModel)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             size = next(self.model.parameters()).element_size()
-            total = size * get_model_param_count(self.model, trainable_only=adapter_only)
-            return total + with_state * 2 * size * get_model_param_count(self.model, trainable_only=True)
+            return size * get_model_param_count(self.model, trainable_only=adapter_only)
         saved = [weight for weight in self.model.parameters() if weight.requires_grad or not adapter_only]
         if with_state:
             saved += [

@@ -113,7 +113,7 @@ class AMVLSFTConfig(SFTConfig):
         default="raise",
         metadata={
             "help": "`raise` stops at a training row that cannot be read or collated, and names it; `skip` takes the next "
-            "good one, counts and logs."
+            "good one, counts and logs; of a stream, each process then tries every row."
         },
     )
     on_nan_loss: str = field(
