@@ -7,6 +7,8 @@ The embedded default, offline, on one CPU or GPU, in minutes:
 The real thing, every field overridable on the command line:
 
     accelerate launch recipes/sft_amvl.py --config recipes/configs/smolvlm_2b_single_gpu.yaml --learning_rate 5e-5
+
+Cut off, it goes on from its last checkpoint with the same command and `--resume_from_checkpoint true`.
 """
 
 import logging
@@ -29,6 +31,7 @@ from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
 from trainer.hub import push_folder
 from trainer.loading import check_loading, check_max_steps
+from trainer.resuming import resolve_checkpoint
 from trainer.sft_trainer import model_type_of
 
 
@@ -238,6 +241,7 @@ def main(arguments, training_args, model_config):
             "`model_name_or_path` and `dataset_name` are needed, in the YAML file or on the command line; without any "
             "argument the embedded default runs."
         )
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     if arguments.dataset_streaming:
         check_max_steps(training_args)
     evaluates = training_args.eval_strategy != "no"
@@ -257,7 +261,7 @@ def main(arguments, training_args, model_config):
         processing_class=processor,
         peft_config=get_peft_config(model_config),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
     trainer.save_whole_model(training_args.output_dir)  # pushed below, when all is saved

@@ -169,16 +169,11 @@ def test_a_stream_that_is_done_is_not_trained_on(checkpoints, tmp_path):
     assert not resumed.seen and resumed.state.global_step == 6
 
 
-def test_a_checkpoint_of_steps_of_another_size_is_told(tmp_path, caplog):
+def test_a_checkpoint_of_steps_of_another_size_is_refused(tmp_path):
     run(tmp_path, num_rows=40, max_steps=2, **SPLITS[0], save_strategy="steps", save_steps=2)
-    run(
-        tmp_path / "more",
-        num_rows=40,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        resume=str(tmp_path / "checkpoint-2"),
-    )
-    assert "about 10 steps in an epoch, and this one has 20" in caplog.text
+    more = {"num_rows": 40, "max_steps": 3, "per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match="`rows per step` was 4 and is 2 now"):
+        run(tmp_path / "more", resume=str(tmp_path / "checkpoint-2"), **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ WAITS = (1, 2, 4, 8, 8)  # seconds
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 # The last one shows rows of the training data.
-NOT_PUSHED = ("_*", "checkpoint-*", ".git/*", ".cache/*", "data_report/*")
+NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
 # Of an earlier push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
 WEIGHTS = (
     "model.safetensors",
@@ -39,6 +39,7 @@ TRAINING_STATE = (
     "scaler.pt",
     "rng_state*",
     "trainer_state.json",
+    "progress.json",
     "latest",
     "zero_to_fp32.py",
 )

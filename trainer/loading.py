@@ -16,6 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from .collator import AMVLDataCollator
 from .data.lengths import token_lengths
+from .data.skipping import CountingCollator, NumberedCollator, NumberedRows, good_rows
 from .data.step_batches import BY_LENGTH, step_batches
 from .data.stream_batches import StreamBatches
 
@@ -54,10 +55,15 @@ class LoadingMixin:
             if is_shard:
                 dataset, num_ranks, rank = dataset.shard(num_ranks, rank), 1, 0
             drop_last = is_shard or is_training and args.dataloader_drop_last
-            rows = StreamBatches(dataset, batch_size, num_batches, num_ranks, rank, drop_last, even=not is_training)
+            choose = iter
+            if is_training and args.on_bad_row == "skip":
+                choose = functools.partial(good_rows, collator=collate, most_in_a_row=args.max_skips_in_a_row)
+                collate = CountingCollator(collate)
+            rows = StreamBatches(dataset, batch_size, num_batches, num_ranks, rank, drop_last, not is_training, choose)
             settings = {"batch_size": None, "collate_fn": functools.partial(_collate, collate)}
         else:
-            rows, collate = self._remove_unused_columns(dataset, description), self.data_collator
+            rows = NumberedRows(self._remove_unused_columns(dataset, description))
+            collate = NumberedCollator(self.data_collator, rows, args.on_bad_row == "skip", args.max_skips_in_a_row)
             lengths = self._lengths_of(dataset) if args.train_sampling_strategy in BY_LENGTH else None
             batches = step_batches(
                 args.train_sampling_strategy,

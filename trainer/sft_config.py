@@ -108,6 +108,31 @@ class AMVLSFTConfig(SFTConfig):
             "answers not empty and not too long. Streamed datasets are checked as they come."
         },
     )
+
+    on_bad_row: str = field(
+        default="raise",
+        metadata={
+            "help": "`raise` stops at a training row that cannot be read or collated, and names it; `skip` takes the next "
+            "good one, counts and logs; of a stream, each process then tries every row."
+        },
+    )
+    on_nan_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "`stop` saves the last good step and stops where the loss or the gradient is not finite; `skip` drops "
+            "that optimiser step."
+        },
+    )
+    on_failed_save: str = field(
+        default="stop",
+        metadata={
+            "help": "`stop` saves the weights alone, if they fit, and stops where a checkpoint cannot be written, on a full "
+            "disk say; `continue` tries again at the next save."
+        },
+    )
+    max_skips_in_a_row: int = field(
+        default=10, metadata={"help": "Most rows or steps that are skipped one after the other before the run stops."}
+    )
     shard_stream: bool = field(
         default=False,
         metadata={
@@ -161,6 +186,9 @@ class AMVLSFTConfig(SFTConfig):
         for name, choices in (
             ("kl_reduction", ("mean", "sum")),
             ("kl_order", ("forward_first", "reverse_first", "together")),
+            ("on_bad_row", ("raise", "skip")),
+            ("on_nan_loss", ("stop", "skip")),
+            ("on_failed_save", ("stop", "continue")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -182,6 +210,15 @@ class AMVLSFTConfig(SFTConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` would bypass the latents or their loss: leave it at {harmless[0]!r}."
                 )
+        if self.max_skips_in_a_row < 1:
+            raise ValueError(f"`max_skips_in_a_row` must be at least 1, got {self.max_skips_in_a_row}.")
+        if self.on_nan_loss == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`on_nan_loss='skip'` cannot be had under DeepSpeed, whose engine steps inside of the backward pass: use "
+                "`'stop'`, or another engine."
+            )
+        # Its callback would save in the middle of a step, at another one on each process; ours is always there.
+        self.enable_jit_checkpoint = False
         if self.torch_compile:
             raise ValueError(
                 "`torch_compile=True` compiles the whole model, where latents enter by hooks, which compiled code skips: "

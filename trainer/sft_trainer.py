@@ -18,12 +18,16 @@ from modeling_amvl.adapters_amvl import save_beside_adapter
 from modeling_amvl.modeling_amvl import next_token_loss
 
 from .adapters import LATENT_MODULES, check_adapter, prepare_peft_config, settle_adapter
+from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
 from .data.stream_batches import undecoded
+from .faults import FaultsMixin
+from .finite import FiniteMixin
 from .hub import HubMixin
 from .loading import LoadingMixin, check_loading
 from .noise import row_noise
 from .objective import amvl_loss, latent_statistics
+from .progress import ProgressMixin
 from .schedules import kl_weights
 from .selftest import self_test
 from .sft_config import OBJECTIVE, AMVLSFTConfig
@@ -34,7 +38,17 @@ from .staged_backward import StagedBackwardMixin
 logger = logging.getLogger(__name__)
 
 
-class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingMixin, SFTTrainer):
+class AMVLSFTTrainer(
+    FiniteMixin,
+    FaultsMixin,
+    ProgressMixin,
+    CheckpointMixin,
+    StagedBackwardMixin,
+    ShardedSavingMixin,
+    HubMixin,
+    LoadingMixin,
+    SFTTrainer,
+):
     """
     Trains prior, posterior and decoder together: NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q).
 
@@ -98,7 +112,9 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             )
         if args.check_dataset and isinstance(data_collator, AMVLDataCollator):
             named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            for name, dataset in {"train_dataset": train_dataset, **named}.items():
+            # Rows of a kind that is skipped later must not stop the run now.
+            named = named if args.on_bad_row == "skip" else {"train_dataset": train_dataset, **named}
+            for name, dataset in named.items():
                 if isinstance(dataset, Dataset):
                     check_dataset(dataset, data_collator, name)
         # Rows are rendered in the collator: without it, TRL would tokenise a dataset without a column of images.
@@ -307,9 +323,9 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             # The counts are of all devices, and gradients get averaged.
             terms = {name: term * self.accelerator.num_processes for name, term in terms.items()}
             loss = sum(terms.values())
+        self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         if outputs.get("cuts") is not None:
             loss = loss.detach() + self._run_stages(terms, outputs["cuts"])
-        self._record(outputs, inputs, num_items_in_batch, prior, posterior, beta, gamma)
         return (loss, outputs) if return_outputs else loss
 
     def _noise(self, num_rows, config):
@@ -406,7 +422,9 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
             device = self.accelerator.device
             summed = self.accelerator.reduce(summed.to(device, torch.float32), reduction="sum").cpu()
         totals = self._totals["train" if self.model.training else "eval"]
-        for name, (value, weight) in zip(values, summed.tolist(), strict=True):
+        sums = dict(zip(values, summed.tolist(), strict=True))
+        self._check_terms(sums)
+        for name, (value, weight) in sums.items():
             totals[name][0] += value
             totals[name][1] += weight
 
@@ -437,10 +455,11 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, without_copies(state_dict, self.model) if state_dict else state_dict)
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if isinstance(self.model, PeftModel):
-            save_beside_adapter(amvl_model(self.model), folder)
-        self._write_card(folder)
+        if self.args.should_save:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            if isinstance(self.model, PeftModel):
+                save_beside_adapter(amvl_model(self.model), folder)
+            self._write_card(folder)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, merged_dir=None):
         """
@@ -454,6 +473,7 @@ class AMVLSFTTrainer(StagedBackwardMixin, ShardedSavingMixin, HubMixin, LoadingM
         shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
         settings = {name: getattr(self.args, name) for name in shown}
         settings["optimiser steps"] = self.state.global_step
+        settings |= self.skipped()
         settings["rows per step"] = (
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )

@@ -24,12 +24,8 @@ class ShardedSavingMixin:
     """Of a trainer: the end of a run is a whole model under every engine; a checkpoint is one where the engine is set so."""
 
     def save_model(self, output_dir=None, _internal_call=False):
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        if not _internal_call:
-            self.save_whole_model(output_dir)
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        elif self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+        """Into a checkpoint, while one is written; [`CheckpointMixin`] sends all else to `save_whole_model`."""
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             self._save(output_dir, self._trained_weights())
         elif self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             # transformers saves nothing here, not even the config that the shards are to be read with.

@@ -26,13 +26,16 @@ class StreamBatches(IterableDataset):
         rank (`int`, defaults to 0): which of them this is.
         drop_last (`bool`, defaults to `False`): leave out what is no whole step.
         even (`bool`, defaults to `False`): repeat rows of the last step until its batches are of one length.
+        choose (`Callable`, *optional*): makes of all rows those that are wanted.
     """
 
-    def __init__(self, stream, batch_size, num_batches=1, num_ranks=1, rank=0, drop_last=False, even=False):
+    def __init__(
+        self, stream, batch_size, num_batches=1, num_ranks=1, rank=0, drop_last=False, even=False, choose=iter
+    ):
         self.stream = undecoded(stream)
         self.num_groups, self.num_ranks, self.rank = num_batches * num_ranks, num_ranks, rank
         self.rows_per_step = batch_size * self.num_groups
-        self.drop_last, self.even = drop_last, even
+        self.drop_last, self.even, self.choose = drop_last, even, choose
         # Pass; the pass that a resumed run goes on in, and its batches that are done. Workers that persist see it change.
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
 
@@ -54,7 +57,7 @@ class StreamBatches(IterableDataset):
                 yield [] if number < num_skipped else batch
 
     def _batches(self):
-        rows_left = self._rows()
+        rows_left = self.choose(self._rows())
         while rows := list(islice(rows_left, self.rows_per_step)):
             if len(rows) == self.rows_per_step or not self.drop_last:
                 yield from split_step(rows, self.num_groups, self.even)[self.rank :: self.num_ranks]

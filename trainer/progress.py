@@ -1,0 +1,165 @@
+"""What a run has to remember beside its weights, so that its rest is what it would have been."""
+
+import random
+
+import numpy as np
+import torch
+from transformers import SchedulerType, TrainerCallback
+
+from .resuming import read_progress
+from .sft_config import OBJECTIVE
+
+
+SCHEDULE = ("max_steps", "num_train_epochs", "warmup_steps", "max_grad_norm")
+
+
+class ProgressMixin:
+    """
+    How a [`~transformers.Trainer`] goes on from a checkpoint: with the sums behind the next log, its counts and its generators.
+
+    Between the end of a step and the end of the next one, `_window` holds what a checkpoint of the steps done has to hold.
+    """
+
+    _window = None
+    _states_before_evaluation = None
+    _num_dropped = _num_dropped_in_a_row = _num_skipped_rows = 0
+
+    def _settings(self):
+        """What a checkpoint's run has to have in common with the one that goes on from it."""
+        args, config = self.args, self.accelerator.unwrap_model(self.model).config
+        rows = self.train_dataset
+        return {
+            "model": {
+                "num_latents": config.num_latents,
+                "latent_size": config.latent_size,
+                "use_peft": hasattr(self.model, "peft_config"),
+            },
+            "data": {
+                "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "seed": args.seed,
+                "data_seed": args.data_seed,
+                "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
+            },
+            "schedule": {name: getattr(args, name) for name in (*OBJECTIVE, *SCHEDULE)}
+            | {"lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value},
+            "optimizer": {name: getattr(args, name) for name in ("learning_rate", "weight_decay")},
+        }
+
+    def _progress(self):
+        return {
+            "step": self.state.global_step,
+            "updating": False,
+            "dropped": None,
+            "random": random_states(),
+            "loss": self._tr_loss.clone(),
+            "totals": {name: list(sums) for name, sums in self._totals["train"].items()},
+            "flos": self.current_flos,
+            "tokens": self.state.num_input_tokens_seen,
+        }
+
+    def _go_back(self, window):
+        """Takes back what a step that was not finished has added to sums and generators."""
+        self._tr_loss.copy_(window["loss"])
+        self._totals["train"].clear()
+        self._totals["train"].update({name: list(sums) for name, sums in window["totals"].items()})
+        self.current_flos, self.state.num_input_tokens_seen = window["flos"], window["tokens"]
+
+    def _progress_to_save(self):
+        """What transformers does not save: sums behind the next log, settings, counts. JSON keeps floats to the last bit."""
+        return {
+            "settings": self._settings(),
+            "losses": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "totals": self._totals["train"],
+            "num_dropped": self._num_dropped,
+            "num_skipped_rows": self._num_skipped_rows,
+        }
+
+    def _begin(self, checkpoint):
+        """At the first step of a run, or of its rest."""
+        self._saved_step = self.state.global_step
+        self._num_dropped = self._num_dropped_in_a_row = self._num_skipped_rows = 0
+        self._totals["train"].clear()
+        progress = None if checkpoint is None else read_progress(checkpoint)
+        if progress is not None:
+            losses = progress["losses"]
+            own = losses[self.args.process_index] if len(losses) == self.args.world_size else sum(losses) / len(losses)
+            self._tr_loss.fill_(own)
+            self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
+            self._totals["train"].update(progress["totals"])
+            self._num_dropped, self._num_skipped_rows = progress["num_dropped"], progress["num_skipped_rows"]
+        for entry in self.state.log_history:  # for the card, where none is made any more
+            if "eval_nll_prior" in entry:
+                self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
+        self._window = self._progress()
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # cut after its last step; transformers would take one more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._window = self._progress()
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluates, see [`~transformers.Trainer.evaluate`]; while training, what that draws from is left as it was."""
+        self._states_before_evaluation = random_states() if self.is_in_train else None
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._leave_evaluation()
+
+    def _leave_evaluation(self):
+        if self._states_before_evaluation is not None:
+            set_random_states(self._states_before_evaluation)
+            self._states_before_evaluation = None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is told
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def skipped(self):
+        """`dict[str, int]`: optimiser steps that were dropped and rows that were skipped, if any were."""
+        counts = {"skipped_steps": self._num_dropped, "skipped_rows": self._num_skipped_rows}
+        return {name: count for name, count in counts.items() if count}
+
+    def log(self, logs, start_time=None):
+        if "train_loss" in logs:  # of the whole run, not of its rest
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._num_dropped, 1)
+        if "train_loss" in logs or "loss" in logs:
+            logs.update(self.skipped())
+        super().log(logs, start_time)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+
+class StepHooks(TrainerCallback):
+    """Tells a trainer when its steps begin and when its optimiser is at work."""
+
+    def __init__(self, trainer, checkpoint):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin(self.checkpoint)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._window["updating"] = True
+
+
+def random_states():
+    """Of all generators that a run draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(states):
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3]:
+        torch.cuda.set_rng_state_all(states[3])
