@@ -18,6 +18,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -271,11 +272,9 @@ def main(arguments, training_args, model_config):
         trainer.push_to_hub(dataset_name=dataset_name)
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
-        if (quantization_config := get_quantization_config(model_config)) is None:
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
-            processor.save_pretrained(folder)
-        else:
-            merge_adapter(training_args.output_dir, folder, quantization_config=quantization_config)
+        unset_hf_deepspeed_config()  # this process alone loads the base again, as a whole
+        quantized = {"quantization_config": get_quantization_config(model_config)}
+        merge_adapter(training_args.output_dir, folder, **(quantized if quantized["quantization_config"] else {}))
         trainer.create_model_card(dataset_name=dataset_name)
         trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
         if training_args.push_to_hub:

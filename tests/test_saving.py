@@ -31,6 +31,7 @@ CODE = {
     "latents_amvl.py",
     "modeling_amvl.py",
     "refusals_amvl.py",
+    "sharding_amvl.py",
 }
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 ROWS = [Row(seed=0, num_images=2, num_words=4), Row(seed=1), Row(seed=2, num_words=3)]

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def settle_adapter(model, upcast=True):
     if not carries_row:
         logger.warning(
             "The adapter `%s` does not carry the row of `<latent>`, which stays as it is: whoever loads it needs a base built "
-            "with `initial_token_id=%s`. A `peft_config` that is passed to the trainer carries it, on most backbones, but not under "
-            "ZeRO-3.",
+            "with `initial_token_id=%s`. A `peft_config` that is passed to the trainer carries it, on most backbones, but not where "
+            "ZeRO-3 or FSDP shares the table out.",
             adapter,
             inner.config.initial_token_id,
         )
@@ -180,9 +181,9 @@ def _add_placeholder_row(peft_config, model):
     # What PEFT 0.21 does to the table: it looks rows up itself, and multiplies by a tied head's weight itself.
     looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
     multiplies = head.weight is not table.weight or (type(head) is nn.Linear and head.bias is None)
-    if (
-        not (looks_up and multiplies) or is_deepspeed_zero3_enabled()
-    ):  # whose shards PEFT does not gather on every device
+    # Nor does it bring the table together where an engine has shared it out.
+    shared_out = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if shared_out or not (looks_up and multiplies):
         return  # `settle_adapter` says so
     given = peft_config.trainable_token_indices or {}
     given = {name: given} if isinstance(given, list) else dict(given)

@@ -26,8 +26,28 @@ RECIPE = str(REPOSITORY / "recipes" / "sft_amvl.py")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 # At most this far, relative to how far training moved the parameter: sums of fp32 in another order.
 TOLERANCE = 1e-4
-LORA = "--use_peft true --lora_r 4 --lora_dropout 0 --lora_target_modules q_proj v_proj up_proj --merge_lora false"
-WHOLE = ("out", "model.safetensors")
+LORA = "--use_peft true --lora_r 4 --lora_dropout 0 --lora_target_modules q_proj v_proj up_proj"
+
+SETTINGS = """
+dataset_format: trl
+num_latents: 2
+latent_size: 8
+max_steps: 3
+per_device_train_batch_size: 2
+per_device_eval_batch_size: 2
+optim: sgd
+learning_rate: 0.01
+lr_scheduler_type: constant
+max_grad_norm: 0.0
+bf16: false
+logging_steps: 1
+save_strategy: steps
+save_steps: 1
+eval_strategy: steps
+eval_steps: 3
+report_to: none
+disable_tqdm: true
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +64,8 @@ def folder(tmp_path_factory):
     (folder / "rows").mkdir()
     rows.select(range(16)).to_parquet(folder / "rows" / "train.parquet")
     rows.select(range(16, 21)).to_parquet(folder / "rows" / "test.parquet")
+    paths = f"model_name_or_path: {folder / 'stock'}\ndataset_name: {folder / 'rows'}\n"
+    (folder / "config.yaml").write_text(SETTINGS + paths)
     return folder
 
 
@@ -60,21 +82,20 @@ def run(folder):
             *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)),
             *("--main_process_port", "0", "--config_file", f"{REPOSITORY}/recipes/accelerate/{engine}.yaml"),
             *([str(Path(__file__).parent / "fsdp_on_cpu.py")] if engine == "fsdp2" else []),
-            *(RECIPE, "--model_name_or_path", "stock", "--dataset_name", "rows", "--dataset_format", "trl"),
-            *("--output_dir", str(output), "--num_latents", "2", "--latent_size", "8", "--max_steps", "3"),
-            *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", str(4 // num_processes)),
-            *("--optim", "sgd", "--learning_rate", "0.01", "--lr_scheduler_type", "constant", "--max_grad_norm", "0"),
-            *("--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--bf16", "false"),
-            *("--eval_strategy", "steps", "--eval_steps", "3", "--per_device_eval_batch_size", "2"),
-            *("--report_to", "none", "--disable_tqdm", "true", *settings),
+            *(RECIPE, "--config", "config.yaml", "--output_dir", str(output)),
+            *("--gradient_accumulation_steps", str(4 // num_processes), *settings),
         ]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-        process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-        assert "Self-test passed" in process.stdout
+        assert "Self-test passed" in finished(words, folder)
         return output
 
     return run
+
+
+def finished(words, folder, **environment):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"} | environment
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    return process.stdout
 
 
 def logs_of(output):
@@ -132,13 +153,18 @@ def test_without_gradient_checkpointing_and_with_three_whole_forwards_too(run, s
     assert_same_way(output, reference, start)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_adapter_takes_the_steps_of_one_process(run, engine):
-    output, reference = run(engine, *LORA.split()), run("single", *LORA.split())
+@pytest.mark.parametrize(("engine", "reference"), [("ddp", "single"), ("zero2", "single"), ("zero3", "fsdp2")])
+def test_an_adapter_takes_the_same_steps(run, engine, reference):
+    """Where the table is shared out, the row of `<latent>` stays as it is: those engines are held against each other."""
+    output, reference = run(engine, *LORA.split()), run(reference, *LORA.split())
     assert_same_logs(output, reference)
     names = load_file(reference / "adapter_model.safetensors")
     assert any("prior_head" in name for name in names) and any("lora_A" in name for name in names)
+    assert any("token" in name for name in names) == (engine in ("ddp", "zero2"))
     assert_same_way(output, reference, {name: torch.zeros(()) for name in names}, "adapter_model.safetensors")
+    merged, expected = (load_file(folder / "merged" / "model.safetensors") for folder in (output, reference))
+    assert merged.keys() == expected.keys()
+    assert all((merged[name] - expected[name]).abs().max() < 1e-5 for name in merged)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -160,6 +186,38 @@ def test_an_engine_resumes_exactly_and_its_checkpoint_becomes_one_model(run, fol
     assert (consolidated / "modeling_amvl.py").exists() and (consolidated / "processing_amvl.py").exists()
     config = json.loads((consolidated / "config.json").read_text())
     assert config["architectures"] == ["AMVLForConditionalGeneration"]
+
+
+# Of SLURM: the name of the first node, and a task on each of two, which are processes of this machine here.
+SCONTROL = "#!/bin/sh\necho localhost\n"
+SRUN = """#!/bin/sh
+shift
+SLURM_NODEID=1 "$@" &
+SLURM_NODEID=0 "$@" && wait $!
+"""
+
+
+def test_a_job_of_slurm_joins_its_machines(run, start, folder):
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    output = folder / "slurm"
+    words = ["bash", "recipes/slurm/sft_amvl.sbatch", "ddp", str(folder / "config.yaml"), "--output_dir", str(output)]
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {
+        "SLURM_JOB_NODELIST": "two",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    for max_steps in ("2", "3"):  # the second time as queued again
+        settings = ["--gradient_accumulation_steps", "2", "--max_steps", max_steps]
+        told = finished([*words, *settings], REPOSITORY, PATH=path, **slurm)
+        assert "Self-test passed" in told
+    assert_same_way(output, run("single"), start)
+    assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
 
 
 def test_fsdp_without_accelerators_is_refused_before_anything_is_loaded(folder):
