@@ -137,13 +137,17 @@ def test_the_answer_depends_on_the_latents(family):
 
 def test_a_row_that_ends_is_padded_and_the_others_go_on():
     model, prompts = build_model(), make_prompts("llava", ROWS)
-    free = model.generate(**prompts, max_new_tokens=NUM_NEW)
+    settings = {
+        "max_new_tokens": NUM_NEW,
+        "latents": 3 * torch.randn(len(ROWS), NUM_LATENTS, LATENT_SIZE),
+    }  # so that answers differ
+    free = model.generate(**prompts, **settings)
     length = prompts["input_ids"].shape[1]
     answers = free[:, length:].tolist()
     # A row that ends at once, with a token that no other row has.
     row = next(row for row, (end, *_) in enumerate(answers) if sum(end in answer for answer in answers) == 1)
     end, others = answers[row][0], [other for other in range(len(answers)) if other != row]
-    ended = model.generate(**prompts, max_new_tokens=NUM_NEW, eos_token_id=end)
+    ended = model.generate(**prompts, **settings, eos_token_id=end)
     assert ended[row, length:].tolist() == [end] + [PAD] * (NUM_NEW - 1)
     assert torch.equal(ended[others], free[others])
 
