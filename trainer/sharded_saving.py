@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import merge_fsdp_weights
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration
@@ -61,11 +61,16 @@ class ShardedSavingMixin:
     def _trained_weights(self):
         """What is trained, whole: an adapter, without the backbone that it stands on."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        # After an evaluation FSDP2 may still have some of them together.
-        trained = {
-            name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in trained.items()
-        }
-        return {name: value.detach().cpu() for name, value in trained.items()}
+        return {name: value.full_tensor().detach().cpu() for name, value in trained.items()}
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        # What is outside of layers FSDP2 leaves together after a forward, for a backward pass that does not come; a checkpoint of an
+        # adapter would be written from memory that it takes back.
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return output
 
 
 def without_copies(state_dict, model):
