@@ -5,7 +5,7 @@
 The first word is a Hub id or a folder, of a stock or an AMVL model; left out, it is the file's `model_name_or_path`. Of the file, and
 of the command line, every setting counts that changes memory: `dtype`, `bf16`, LoRA's, `gradient_checkpointing`,
 `per_device_train_batch_size`, `gradient_accumulation_steps`, `num_latents`, `latent_size`, `multipass`, `prior_ntp_weight`. What is
-modelled and what is not stands in trainer/planning.py; a GPU of 80 GB has 79 GiB or less to give, and a total above nine tenths of
+modelled and what is not stands in trainer/planning; a GPU of 80 GB has 79 GiB or less to give, and a total above nine tenths of
 `--gpu_memory` is called tight, since fragmentation is not modelled.
 """
 
@@ -20,23 +20,18 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 import modeling_amvl  # noqa: F401  # registers the AMVL classes
 from trainer import AMVLSFTConfig
 from trainer.measuring import render
-from trainer.planning import (
+from trainer.planning.kept import (
     ENGINES,
     GIB,
     IN_STAGES,
     WHOLE_GRADIENTS,
-    Sequence,
-    build_model,
     kept_bytes,
-    parts_of,
-    prefix_cache_bytes,
     refuse_below_one,
-    refuse_too_long,
     refuse_unknown_engine,
-    rehearse,
     sizes_of,
-    wrap_config,
 )
+from trainer.planning.model import build_model, parts_of, wrap_config
+from trainer.planning.rehearsal import Sequence, prefix_cache_bytes, refuse_too_long, rehearse
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

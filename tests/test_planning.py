@@ -29,20 +29,9 @@ from modeling_amvl import AMVLConfig
 from recipes import plan_amvl
 from recipes.benchmark_amvl import SHAPES
 from trainer import AMVLSFTConfig
-from trainer.planning import (
-    ENGINES,
-    GIB,
-    LiveMemory,
-    Sequence,
-    Sizes,
-    build_model,
-    kept_bytes,
-    parts_of,
-    prefix_cache_bytes,
-    rehearse,
-    sizes_of,
-    wrap_config,
-)
+from trainer.planning.kept import ENGINES, GIB, Sizes, kept_bytes, sizes_of
+from trainer.planning.model import build_model, parts_of, wrap_config
+from trainer.planning.rehearsal import LiveMemory, Sequence, prefix_cache_bytes, rehearse
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
