@@ -233,8 +233,9 @@ def test_what_is_overridden_is_still_what_transformers_calls():
     """Another release that renames one of these would leave it uncalled, without an error."""
     overridden = {
         CheckpointMixin: {"_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "save_model"},
-        ProgressMixin: {"_run_epoch", "_maybe_log_save_evaluate", "_finalize_training", "evaluate", "log"},
-        FaultsMixin: {"train", "get_batch_samples", "prediction_step"},
+        ProgressMixin: {"_run_epoch", "_maybe_log_save_evaluate", "_finalize_training", "evaluate", "log"}
+        | {"_determine_best_metric"},
+        FaultsMixin: {"train", "get_batch_samples"},
         FiniteMixin: {"_get_grad_norm"},
     }
     source = inspect.getsource(Trainer)

@@ -292,8 +292,40 @@ def test_an_error_anywhere_leaves_the_last_finished_step_and_resuming_goes_on_fr
     assert finished([*words, "--resume_from_checkpoint", "true"], folder / "log") == 0
     weights, others = (load_file(path / "adapter_model.safetensors") for path in (folder, whole(**settings)))
     assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
-    if event != "on_evaluate":  # which is not made up for
-        assert history(folder) == history(whole(**settings))
+    assert history(folder) == history(whole(**settings))
+
+
+def test_a_signal_does_not_wait_for_an_evaluation_which_is_made_up_for(make_trainer, local, tmp_path):
+    """With one batch of the evaluation done, and the best model of the run the one that it would have found."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    settings |= {"load_best_model_at_end": True, "per_device_eval_batch_size": 1, "learning_rate": 1e-3}
+    rows = datasets.load_from_disk(local / "splits")["test"]
+    seen = []
+
+    class Stop(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+            if seen.count(4) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def make(folder, callback=None):
+        trainer = make_trainer(callback, folder=folder, eval_dataset=rows, **settings)
+        determine = trainer._determine_best_metric
+        losses = {2: 3.0, 4: 1.0, 6: 2.0}
+        trainer._determine_best_metric = lambda metrics, trial: determine(
+            metrics | {"eval_loss": losses[trainer.state.global_step]}, trial
+        )
+        return trainer
+
+    with pytest.raises(SystemExit):
+        make("cut", Stop()).train()
+    assert seen == [2] * len(rows) + [4]
+    cut, whole = make("cut"), make("whole")
+    cut.train(resume_from_checkpoint=True)
+    whole.train()
+    for trainer, folder in ((cut, "cut"), (whole, "whole")):
+        assert trainer.state.best_model_checkpoint == str(tmp_path / folder / "checkpoint-4")
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
 
 
 def test_an_error_while_the_optimiser_is_at_work_leaves_the_weights_alone(command):
@@ -410,7 +442,7 @@ class Poison(TrainerCallback):
 def make_trainer(local, tmp_path):
     """Returns a function that makes a trainer in this process; a trainer seeds when it is built."""
 
-    def make(callback=None, rows=None, folder="run", **settings):
+    def make(callback=None, rows=None, folder="run", eval_dataset=None, **settings):
         backbone, stock = build_tiny_backbone(seed=0)
         processor = AMVLProcessor.from_backbone(stock)
         torch.manual_seed(0)
@@ -423,6 +455,7 @@ def make_trainer(local, tmp_path):
             model,
             AMVLSFTConfig(str(tmp_path / folder), **given),
             train_dataset=datasets.load_from_disk(local / "splits")["train"] if rows is None else rows,
+            eval_dataset=eval_dataset,
             processing_class=processor,
             callbacks=[] if callback is None else [callback],
         )

@@ -159,8 +159,3 @@ class FaultsMixin:
             signal_handling._SIGCHLD_handler_set = was_set
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-
-    def prediction_step(self, *args, **kwargs):
-        if self.is_in_train:
-            self._go_on_together()
-        return super().prediction_step(*args, **kwargs)

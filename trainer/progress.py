@@ -21,6 +21,7 @@ class ProgressMixin:
     """
 
     _window = None
+    _evaluation_due = False  # from the end of a step until its evaluation has settled which model is best
     _states_before_evaluation = None
     _num_dropped = _num_dropped_in_a_row = _num_skipped_rows = 0
 
@@ -74,11 +75,12 @@ class ProgressMixin:
             "totals": self._totals["train"],
             "num_dropped": self._num_dropped,
             "num_skipped_rows": self._num_skipped_rows,
+            "evaluation_due": self._evaluation_due,
         }
 
     def _begin(self, checkpoint):
         """At the first step of a run, or of its rest."""
-        self._saved_step = self.state.global_step
+        self._saved_step, self._evaluation_due = self.state.global_step, False
         self._num_dropped = self._num_dropped_in_a_row = self._num_skipped_rows = 0
         self._totals["train"].clear()
         progress = None if checkpoint is None else read_progress(checkpoint)
@@ -89,18 +91,40 @@ class ProgressMixin:
             self._total_loss_scalar, self._globalstep_last_logged = progress["total_loss"], progress["last_logged"]
             self._totals["train"].update(progress["totals"])
             self._num_dropped, self._num_skipped_rows = progress["num_dropped"], progress["num_skipped_rows"]
+            self._evaluation_due = progress.get("evaluation_due", False)
         for entry in self.state.log_history:  # for the card, where none is made any more
             if "eval_nll_prior" in entry:
                 self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
         self._window = self._progress()
 
     def _run_epoch(self, *args, **kwargs):
+        if self._evaluation_due:  # the run was cut in it
+            self._evaluate_again(**kwargs)
         if self.state.global_step >= self.state.max_steps:  # cut after its last step; transformers would take one more
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _evaluate_again(self, model, trial, ignore_keys_for_eval, resume_from_checkpoint, **kwargs):
+        """The evaluation that the run was cut in, from its beginning; the checkpoint is replaced by one that has it."""
+        state = self.state
+        state.log_history = [
+            entry
+            for entry in state.log_history
+            if entry["step"] < state.global_step or not any(name.startswith("eval_") for name in entry)
+        ]
+        self._load_rng_state(resume_from_checkpoint)
+        self._determine_best_metric(metrics=self._evaluate(trial, ignore_keys_for_eval), trial=trial)
+        self._save_checkpoint(model, trial)
+        self._window = self._progress()
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        self._evaluation_due = False
+        return is_best
+
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._evaluation_due = self.control.should_evaluate
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._window = self._progress()
 

@@ -381,6 +381,8 @@ class AMVLSFTTrainer(
             )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.is_in_train:
+            self._go_on_together()  # a signal does not wait for the end of the evaluation
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
