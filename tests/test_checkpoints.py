@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import build_tiny_backbone
 from torch.utils.data._utils import signal_handling
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -20,6 +21,7 @@ from trainer.checkpoints import CheckpointMixin
 from trainer.data.color_steps import build_color_steps
 from trainer.faults import FaultsMixin
 from trainer.finite import FiniteMixin
+from trainer.placing import WRITTEN, finish_replacing, replace_files
 from trainer.progress import ProgressMixin
 from trainer.resuming import REPLACED, STAGING, resolve_checkpoint, what_is_wrong
 
@@ -139,6 +141,13 @@ def test_a_checkpoint_moved_aside_for_one_that_never_came_is_put_back(copy):
     assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-4")
 
 
+def test_a_checkpoint_moved_aside_is_not_lost_to_a_run_that_begins_anew(rows, copy):
+    (copy / STAGING).mkdir()
+    (copy / "checkpoint-4").rename(copy / STAGING / f"{REPLACED}checkpoint-4")
+    build_trainer(rows, copy, max_steps=1).train()
+    assert what_is_wrong(copy / "checkpoint-4") is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -229,10 +238,198 @@ def test_a_saved_model_takes_the_place_of_one_in_other_pieces(rows, tmp_path):
     assert AMVLForConditionalGeneration.from_pretrained(tmp_path).config.num_latents == 3
 
 
+class At(TrainerCallback):
+    """Does something at an event of one step."""
+
+    def __init__(self, event, step, act):
+        setattr(self, event, lambda args, state, control, **kwargs: act() if state.global_step == step else None)
+
+
+def test_of_two_runs_in_one_folder_the_older_checkpoints_go_first(rows, copy):
+    """Also where all are of the same second, and the older ones have higher numbers."""
+    left = []
+    note = At("on_save", 2, lambda: left.extend(sorted(path.name for path in copy.glob("checkpoint-*"))))
+    build_trainer(rows, copy, max_steps=2, save_total_limit=2, callbacks=[note]).train()
+    assert left == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_best_checkpoint_stays_after_the_folder_was_moved(rows, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2}
+    settings["eval_dataset"] = build_color_steps(2, "held_out", image_size=48)
+
+    def build(folder, **more):
+        trainer = build_trainer(rows, folder, **settings, **more)
+        determine, losses = trainer._determine_best_metric, [None, 2.0, 1.0, 3.0, 4.0]
+        trainer._determine_best_metric = lambda metrics, trial: determine(
+            metrics | {"eval_loss": losses[trainer.state.global_step]}, trial
+        )
+        return trainer
+
+    with pytest.raises(RuntimeError, match="planted"):
+        build(tmp_path / "before", callbacks=[At("on_step_begin", 3, fail)]).train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    trainer = build(tmp_path / "after")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-2")
+    assert what_is_wrong(tmp_path / "after" / "checkpoint-2") is None
+
+
+def fail(*args):
+    raise RuntimeError("planted")
+
+
+def test_no_checkpoint_is_saved_of_the_best_weights_with_the_last_optimizer(rows, tmp_path):
+    trainer = build_trainer(
+        rows,
+        tmp_path,
+        eval_dataset=build_color_steps(2, "held_out", image_size=48),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="eval_loss",
+        max_steps=2,
+        load_best_model_at_end=True,
+        callbacks=[At("on_train_end", 2, fail)],
+    )
+    determine = trainer._determine_best_metric
+    trainer._determine_best_metric = lambda metrics, trial: determine(
+        metrics | {"eval_loss": float(trainer.state.global_step)}, trial
+    )
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_full_model_and_an_adapter_in_one_folder_take_each_others_place(rows, tmp_path):
+    adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    build_trainer(rows, tmp_path, save_strategy="no", peft_config=adapter).save_model()
+    assert (tmp_path / "adapter_config.json").is_file()
+    full = build_trainer(rows, tmp_path, save_strategy="no")
+    full.save_model()
+    assert not list(tmp_path.glob("adapter_*"))
+    loaded = AMVLForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in full.model.state_dict().items())
+    build_trainer(rows, tmp_path, save_strategy="no", peft_config=adapter).save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not list(tmp_path.glob("model*"))
+
+
+def test_an_adapter_saved_into_its_base_leaves_that(tmp_path):
+    staged = tmp_path / STAGING / "model"
+    staged.mkdir(parents=True)
+    (tmp_path / "model.safetensors").write_text("base")
+    (staged / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    replace_files(staged, tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "base"
+
+
+@pytest.mark.parametrize("num_moved", range(5))
+def test_a_model_that_was_moved_in_part_when_the_run_was_killed_is_moved_by_the_next(tmp_path, monkeypatch, num_moved):
+    """Whichever operation was the last one; then what a new run does at its start."""
+    staged = tmp_path / STAGING / "model"
+    staged.mkdir(parents=True)
+    names = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        (staged / name).write_text("new")
+    for name in (names[0], names[1], "model.safetensors"):
+        (tmp_path / name).write_text("old")
+    operations = []
+
+    def counted(real):
+        def call(*args):
+            if len(operations) == num_moved:
+                raise KeyboardInterrupt
+            operations.append(args)
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            replace_files(staged, tmp_path)
+    finish_replacing(tmp_path)
+    state = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    expected = (
+        dict.fromkeys(names, "new") if num_moved else {names[0]: "old", names[1]: "old", "model.safetensors": "old"}
+    )
+    assert state == expected
+
+
+def test_a_run_finishes_what_was_being_moved_before_it_clears_the_rest(rows, tmp_path):
+    written = tmp_path / STAGING / WRITTEN
+    written.mkdir(parents=True)
+    (written / "model.safetensors").write_text("of a run that was killed")
+    build_trainer(rows, tmp_path, max_steps=1, save_strategy="no").train()
+    assert (tmp_path / "model.safetensors").read_text() == "of a run that was killed"
+    assert not (tmp_path / STAGING).exists()
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "rename"])
+def test_a_disk_full_anywhere_in_a_save_is_a_failed_save(rows, tmp_path, monkeypatch, operation, caplog):
+    def full(real, fails):
+        def call(*args, **kwargs):
+            if fails(*args):
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        return call
+
+    step = []
+    if operation == "mkdir":
+        monkeypatch.setattr(
+            Path, "mkdir", full(Path.mkdir, lambda path, *mode: path.name == STAGING and len(step) == 2)
+        )
+    else:
+        fails = lambda source, place: Path(place).name == "checkpoint-2"  # noqa: E731
+        monkeypatch.setattr(os, "rename", full(os.rename, fails))
+    counting = [At("on_step_end", number, lambda: step.append(1)) for number in range(1, 4)]
+    settings = {"on_failed_save": "continue", "max_steps": 3}
+    build_trainer(rows, tmp_path, callbacks=counting, **settings).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert "`checkpoint-2` could not be written" in caplog.text and not (tmp_path / STAGING).exists()
+
+
+def test_a_last_checkpoint_that_does_not_fit_leaves_the_weights_also_where_a_run_goes_on(rows, tmp_path, monkeypatch):
+    def save(data, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt"):
+            raise OSError(28, "No space left on device")
+        return real(data, path, *args, **kwargs)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    settings = {"on_failed_save": "continue", "save_steps": 100, "callbacks": [At("on_step_begin", 2, fail)]}
+    with pytest.raises(RuntimeError, match="planted"):
+        build_trainer(rows, tmp_path, **settings).train()
+    assert load_file(tmp_path / "weights-2" / "model.safetensors")
+
+
+def test_a_copy_for_the_hub_that_fails_leaves_the_model_that_is_there(rows, copy, monkeypatch):
+    build_trainer(rows, copy, save_strategy="no").save_model()
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    trainer = build_trainer(rows, copy, hub_model_id="someone/run")
+    real = shutil.copy
+
+    def full(source, *args):
+        if Path(source).name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        return real(source, *args)
+
+    monkeypatch.setattr(shutil, "copy", full)
+    (copy / "checkpoint-4" / "config.json").write_text("{}")
+    trainer._push_from_checkpoint(copy / "checkpoint-4")
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+    assert not (copy / STAGING).exists() and trainer._pushes == ()
+    monkeypatch.undo()
+    trainer._copy_to_output_dir(copy / "checkpoint-4")
+    assert (copy / "config.json").read_text() == "{}" and not (copy / STAGING).exists()
+
+
 def test_what_is_overridden_is_still_what_transformers_calls():
     """Another release that renames one of these would leave it uncalled, without an error."""
     overridden = {
-        CheckpointMixin: {"_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "save_model"},
+        CheckpointMixin: {"_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "save_model"}
+        | {"_load_best_model"},
         ProgressMixin: {"_run_epoch", "_maybe_log_save_evaluate", "_finalize_training", "evaluate", "log"}
         | {"_determine_best_metric"},
         FaultsMixin: {"train", "get_batch_samples"},

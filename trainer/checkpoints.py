@@ -1,9 +1,7 @@
 """Checkpoints that are there as a whole or not at all: written aside, flushed, then renamed."""
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +9,10 @@ import torch
 from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .resuming import PROGRESS_NAME, REPLACED, STAGING
+from .placing import MOVING, WRITTEN, delete_oldest, flush_tree, remove, replace_files, replace_folder
+from .resuming import PROGRESS_NAME, STAGING
 
 
 logger = logging.getLogger(__name__)
@@ -47,13 +46,16 @@ class CheckpointMixin:
 
         def write():
             super(CheckpointMixin, self)._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(run_dir / name)
+            if step := self.state.best_global_step:  # transformers looks for it beside the staged one
+                place = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+                if place.name == name or place.is_dir():
+                    self.state.best_model_checkpoint = str(place)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 (staged / PROGRESS_NAME).write_text(json.dumps(progress))
 
-        failure = self._write(staged, write, self._num_bytes(with_state=not self.args.save_only_model))
+        num_bytes = self._num_bytes(with_state=not self.args.save_only_model)
+        failure = self._write(staged, write, lambda: replace_folder(staged, run_dir / name), num_bytes)
         if failure is not None:
             self.state.best_model_checkpoint = best
             message = f"`{name}` could not be written: {failure} The run is at step {self.state.global_step}."
@@ -66,17 +68,11 @@ class CheckpointMixin:
                 f"{message} {weights} Make room and go on from the last whole checkpoint with "
                 "`resume_from_checkpoint=True`; `on_failed_save='continue'` would have gone on without this one."
             ) from failure.__cause__
-        self._in_turn(staged, lambda: replace_folder(staged, run_dir / name))
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            delete_oldest(run_dir, self.args.save_total_limit, run_dir / name, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """
@@ -109,9 +105,8 @@ class CheckpointMixin:
             if self._alone and not self.args.should_save:
                 write(str(folder))  # has nothing to write, but may have to take part
                 return
-            failure = self._write(staged, lambda: write(str(staged)), self._num_bytes())
-            if failure is None:
-                self._in_turn(staged, lambda: replace_files(staged, folder))
+            move = lambda: replace_files(staged, folder)  # noqa: E731
+            failure = self._write(staged, lambda: write(str(staged)), move, self._num_bytes())
         finally:
             self._alone = False
         if failure is not None:
@@ -120,8 +115,14 @@ class CheckpointMixin:
                 if self._saved_step
                 else ""
             )
+            half = [folder / STAGING / name for name in (WRITTEN, MOVING) if (folder / STAGING / name).is_dir()]
+            there = (
+                f"Files that are in their place no longer or not yet are in `{half[0]}`; the next save moves them."
+                if half
+                else "What was there before is as it was."
+            )
             raise OSError(
-                f"The model could not be saved in `{folder}`: {failure} What was there before is as it was.{kept}"
+                f"The model could not be saved in `{folder}`: {failure} {there}{kept}"
             ) from failure.__cause__
 
     def _save_weights(self, run_dir):
@@ -134,17 +135,22 @@ class CheckpointMixin:
             return f"Nor could the weights alone: {error}"
         return f"The weights alone are in `{folder}`."
 
-    def _write(self, staged, write, num_bytes):
+    def _write(self, staged, write, move, num_bytes):
         """
-        Calls what writes a folder, on all processes.
+        Calls what writes a folder, on all processes, and then what moves it to its place, in turn.
 
         Returns:
             `OSError`: why it failed on any of them, after what was written is removed; `None` if it did not.
         """
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(staged.parent).free
-        failure = self._shared_failure(OSError("No space left on device") if free < num_bytes else None)
+        failure = None
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(staged.parent).free < num_bytes:
+                failure = OSError("No space left on device")
+        except OSError as error:
+            failure = error
+        failure = self._shared_failure(failure)
         if failure is None:
             self._staged = staged.parent
             try:
@@ -159,31 +165,39 @@ class CheckpointMixin:
                 self._staged = None
             failure = self._shared_failure(failure)
         if failure is None:
-            return None
-        free = shutil.disk_usage(staged.parent).free
+            failure = self._in_turn(staged, move)
+        place = next(path for path in staged.parents[1:] if path.is_dir())
+        free = shutil.disk_usage(place).free
         if self.args.local_process_index == 0:
             remove(staged)
+        if not self._alone:
+            self.accelerator.wait_for_everyone()
+        if failure is None:
+            return None
         explained = OSError(
             f"{' '.join(str(failure).split())[:300]}. It needs at least {num_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
-            f"free at `{staged.parent.parent}`."
+            f"free at `{place}`."
         )
         explained.__cause__ = failure
         return explained
 
     def _in_turn(self, staged, move):
-        """The first process moves what is staged; where nodes share no disk, the first of each other node does, too."""
-        if (self._alone or self.is_world_process_zero()) and staged.is_dir():
-            move()
-        if self._alone:
-            remove(staged)
-            return
-        self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0:
-            if not self.is_world_process_zero() and staged.is_dir():
-                with contextlib.suppress(FileNotFoundError):
-                    move()
-            remove(staged)
-        self.accelerator.wait_for_everyone()
+        """
+        The first process moves what is staged; where nodes share no disk, the first of each other node does, too.
+
+        Returns:
+            `OSError`: why it failed on any of them; `None` if it did not.
+        """
+        is_first = self._alone or self.is_world_process_zero()
+        failure = self._shared_failure(_error_of(move) if is_first and staged.is_dir() else None)
+        if self._alone or failure is not None:
+            return failure
+        is_mine = self.args.local_process_index == 0 and not is_first and staged.is_dir()
+        return self._shared_failure(_error_of(move) if is_mine else None)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._saved_step = None  # the optimizer's state does not belong to these weights: no checkpoint any more
 
     def _num_bytes(self, with_state=False):
         """What the weights take on the disk, and the state of the optimizer where each process has all of it; at least."""
@@ -212,48 +226,9 @@ class CheckpointMixin:
         return RuntimeError("; ".join(told)) if error is None else error
 
 
-def flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
+def _error_of(move):
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(folder):
-    """Puts files and their names on the disk, so that a power cut leaves none of them empty."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        flush(path)
-
-
-def replace_folder(staged, final):
-    """Renames a folder; one that has its name is moved aside first and deleted at last."""
-    aside = staged.with_name(f"{REPLACED}{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        os.rename(final, aside)
-    os.rename(staged, final)
-    flush(final.parent)
-    remove(aside)
-
-
-def replace_files(staged, folder):
-    """Moves files to where files of their names may be; weights in other pieces go."""
-    files = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
-    for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / name, folder / name)
-    if any(name.match("model*.safetensors") for name in files):
-        for path in [*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors.index.json"]:
-            if path.relative_to(folder) not in files:
-                path.unlink(missing_ok=True)
-        if Path("model.safetensors") not in files:
-            (folder / "model.safetensors").unlink(missing_ok=True)
-    flush(folder)
-
-
-def remove(staged):
-    """Deletes a staged folder, and the one around it if that was all."""
-    shutil.rmtree(staged, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        staged.parent.rmdir()
+        move()
+    except OSError as error:
+        return error
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data._utils import signal_handling
 
-from .checkpoints import remove
+from .placing import finish_replacing, remove
 from .progress import StepHooks, set_random_states
 from .resuming import STAGING, compare_settings, read_progress, resolve_checkpoint
 
@@ -54,8 +54,11 @@ class FaultsMixin:
                 "is of.",
                 output_dir,
             )
+        failure = self._in_turn(output_dir / STAGING, lambda: finish_replacing(output_dir))  # of a run that was cut
+        if failure is not None:
+            raise failure
         if self.args.local_process_index == 0:
-            remove(output_dir / STAGING)  # of a run that was cut
+            remove(output_dir / STAGING)
         self.accelerator.wait_for_everyone()
         self._saved_step = self._window = self._signal = None
         hooks = StepHooks(self, checkpoint)
@@ -91,7 +94,8 @@ class FaultsMixin:
                         set_random_states(window["random"])
                     self._save_checkpoint(self.model, trial=None)
                     if self._saved_step != step:
-                        where = "no checkpoint, which could not be written"
+                        weights = self._save_weights(Path(self.args.output_dir))
+                        where = f"no checkpoint, which could not be written. {weights}"
             except Exception as failure:
                 where = f"no checkpoint: {failure}"
         elif step == 0:

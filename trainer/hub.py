@@ -15,6 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 
+from .placing import WEIGHTS, flush_tree, remove, replace_files
+from .resuming import STAGING
+
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +28,6 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 # The last one shows rows of the training data.
 NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
-# Of an earlier push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
-WEIGHTS = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
 TRAINING_STATE = (
     "optimizer*",
     "scheduler.pt",
@@ -238,15 +233,32 @@ class HubMixin:
             return
         self._finish_current_push()  # has to be waited for where `hub_always_push` is set: it reads the same folder
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        for path in folder.iterdir():  # a copy, since the checkpoint may be deleted while it is on its way
-            if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in TRAINING_STATE):
-                shutil.copy(path, args.output_dir)
+        try:
+            self._copy_to_output_dir(folder)
+        except OSError as error:
+            logger.warning("`%s` is not pushed, it could not be copied: %s", folder, error)
+            return
         settings = self.hub_model_id, args.hub_token, args.hub_revision
         message = f"Training in progress, step {self.state.global_step}"
         self._pushes = [run_as_future(push_folder, args.output_dir, *settings, message)]
         if args.hub_strategy in ("checkpoint", "all_checkpoints"):
             name = "last-checkpoint" if args.hub_strategy == "checkpoint" else folder.name
             self._pushes.append(run_as_future(push_folder, folder, *settings, f"{message}, checkpoint", name))
+
+    def _copy_to_output_dir(self, folder):
+        """What a checkpoint has of a model: a copy, since the checkpoint may be deleted while it is on its way."""
+        output_dir = Path(self.args.output_dir)
+        staged = output_dir / STAGING / "push"
+        remove(staged)
+        staged.mkdir(parents=True)
+        try:
+            for path in folder.iterdir():
+                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in TRAINING_STATE):
+                    shutil.copy(path, staged)
+            flush_tree(staged)
+            replace_files(staged, output_dir)
+        finally:
+            remove(staged)
 
     def _finish_current_push(self):
         wait(self._pushes)

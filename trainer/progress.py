@@ -1,6 +1,7 @@
 """What a run has to remember beside its weights, so that its rest is what it would have been."""
 
 import random
+import time
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ class ProgressMixin:
             "num_dropped": self._num_dropped,
             "num_skipped_rows": self._num_skipped_rows,
             "evaluation_due": self._evaluation_due,
+            "saved_at": time.time(),
         }
 
     def _begin(self, checkpoint):
@@ -140,6 +142,7 @@ class ProgressMixin:
         if self._states_before_evaluation is not None:
             set_random_states(self._states_before_evaluation)
             self._states_before_evaluation = None
+            self._reshard()
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is told

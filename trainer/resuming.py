@@ -42,10 +42,10 @@ def resolve_checkpoint(asked, output_dir):
     Raises:
         ValueError: there is none, or the one named is not whole.
     """
+    output_dir = Path(output_dir)
+    put_back_replaced(output_dir)  # also where it is not asked for: a new run clears what is unfinished
     if str(asked).lower() in ("none", "false", ""):
         return None
-    output_dir = Path(output_dir)
-    put_back_replaced(output_dir)
     is_auto = str(asked).lower() == "auto"
     if str(asked).lower() != "true" and not is_auto:
         if problem := what_is_wrong(asked):
@@ -144,6 +144,12 @@ def read_progress(checkpoint):
         return json.loads(Path(checkpoint, PROGRESS_NAME).read_text())
     except FileNotFoundError:
         return None
+
+
+def saved_at(checkpoint):
+    """`float`: when a checkpoint was written, in seconds since 1970; of another trainer, when its folder was changed."""
+    progress = read_progress(checkpoint) or {}
+    return progress.get("saved_at", os.path.getmtime(checkpoint))
 
 
 def compare_settings(before, now, checkpoint, ignore_data_skip=False):

@@ -65,12 +65,15 @@ class ShardedSavingMixin:
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
+        self._reshard()
+        return output
+
+    def _reshard(self):
         # What is outside of layers FSDP2 leaves together after a forward, for a backward pass that does not come; a checkpoint of an
         # adapter would be written from memory that it takes back.
         for module in self.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return output
 
 
 def without_copies(state_dict, model):
