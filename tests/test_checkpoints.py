@@ -1,5 +1,6 @@
 """Checkpoints are there as a whole or not at all, and only what can be gone on from is."""
 
+import functools
 import inspect
 import json
 import os
@@ -165,6 +166,107 @@ def test_a_run_that_would_not_go_on_is_refused_naming_both_values(rows, copy, se
         build_trainer(rows, copy, **settings).train(resume_from_checkpoint=True)
 
 
+LORA = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter", "message"),
+    [
+        ({}, {"lora_alpha": 32}, "`lora_alpha` was 8 and is 32 now"),
+        ({}, {"r": 4}, "`r` was 8 and is 4 now"),
+        ({}, {"use_rslora": True}, "`use_rslora` was False and is True now"),
+        (
+            {},
+            {"target_modules": ["v_proj", "q_proj"]},
+            r"`target_modules` was '[^ ]*\(q_proj\)\)' and is '[^ ]*\(q_proj\|v_proj\)\)' now",
+        ),
+        ({"optim": "sgd"}, {}, "`optim` was 'adamw_torch[a-z_]*' and is 'sgd' now"),
+        ({"freeze_vision": True}, {}, "`freeze_vision` was False and is True now"),
+        ({"dataloader_drop_last": True}, {}, "`dataloader_drop_last` was False and is True now"),
+        ({"train_sampling_strategy": "sequential"}, {}, "`train_sampling_strategy` was 'random'.*'sequential' now"),
+    ],
+)
+def test_an_adapter_that_would_be_another_one_is_refused(rows, lora_run, settings, adapter, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(
+            rows, lora_run, peft_config=LoraConfig(**LORA | adapter), **{"freeze_vision": False} | settings
+        ).train(True)
+
+
+@pytest.fixture(scope="module")
+def lora_run(rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    build_trainer(rows, folder, peft_config=LoraConfig(**LORA), freeze_vision=False, max_steps=1).train()
+    return folder
+
+
+def test_a_new_run_that_was_cut_is_gone_on_from_and_not_the_old_one_that_came_further(rows, copy):
+    build = functools.partial(build_trainer, rows, copy, learning_rate=1e-3)
+    with pytest.raises(RuntimeError, match="planted"):
+        build(callbacks=[At("on_step_begin", 2, fail)]).train()
+    assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-2")
+    build(max_steps=3).train(resume_from_checkpoint=True)
+    assert resolve_checkpoint(True, copy) == str(copy / "checkpoint-3")  # of the same run
+
+
+def test_later_checkpoints_beside_the_one_that_is_named_are_told(copy, caplog):
+    assert resolve_checkpoint(str(copy / "checkpoint-3"), copy) == str(copy / "checkpoint-3")
+    assert "there are later ones beside it" in caplog.text and "['checkpoint-4']" in caplog.text
+
+
+def test_what_is_no_folder_is_refused_by_what_it_is(copy, monkeypatch):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is 1: give a folder"):
+        resolve_checkpoint(1, copy)
+    with pytest.raises(ValueError, match="it is a file, not a folder"):
+        resolve_checkpoint(copy / "checkpoint-4" / "config.json", copy)
+    monkeypatch.setenv("HOME", str(copy))
+    assert resolve_checkpoint("~/checkpoint-4", copy) == str(copy / "checkpoint-4")
+
+
+def test_a_missing_index_or_state_of_one_process_shows(copy):
+    last = copy / "checkpoint-4"
+    (last / "model.safetensors").rename(last / "model-00001-of-00001.safetensors")
+    assert "has no `model.safetensors.index.json`" in what_is_wrong(last)
+    (last / "model-00001-of-00001.safetensors").rename(last / "model.safetensors")
+    progress = json.loads((last / "progress.json").read_text())
+    (last / "progress.json").write_text(json.dumps(progress | {"num_processes": 2}))
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    assert what_is_wrong(last) == "it has no ['rng_state_1.pth']"
+    shutil.copy(last / "rng_state_0.pth", last / "rng_state_1.pth")
+    assert what_is_wrong(last) is None
+
+
+def test_what_cannot_be_checked_or_gone_on_from_is_said(rows, copy, caplog):
+    (copy / "checkpoint-4" / "progress.json").unlink()
+    build_trainer(rows, copy, save_only_model=True).train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+    assert "`progress.json`: whether seed, rows and objective" in caplog.text
+    assert "`save_only_model=True`: a run that is stopped cannot" in caplog.text
+
+
+def test_where_the_steps_are_is_said_once_and_names_a_folder_that_is_there(rows, run, tmp_path, caplog):
+    trainer = build_trainer(rows, tmp_path, max_steps=6, callbacks=[At("on_step_begin", 4, fail)])
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert caplog.text.count("Training stops at step 4") == 1
+    assert f"Its steps are in `{run / 'checkpoint-4'}`" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_is_told_once(rows, tmp_path, caplog):
+    trainer = build_trainer(rows, tmp_path, save_steps=100)
+    trainer.add_callback(
+        At(
+            "on_step_begin",
+            1,
+            lambda: trainer.model.latent_projection.register_forward_hook(
+                lambda module, args, output: output * float("nan")
+            ),
+        )
+    )
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    assert caplog.text.count("Training stops at step 1") == 1
+
+
 def test_a_run_cut_after_its_last_step_takes_no_further_one(rows, copy):
     trainer = build_trainer(rows, copy, lr_scheduler_type="constant")
     result = trainer.train(resume_from_checkpoint=True)
@@ -310,7 +412,7 @@ def test_a_full_model_and_an_adapter_in_one_folder_take_each_others_place(rows, 
     loaded = AMVLForConditionalGeneration.from_pretrained(tmp_path)
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in full.model.state_dict().items())
     build_trainer(rows, tmp_path, save_strategy="no", peft_config=adapter).save_model()
-    assert (tmp_path / "adapter_model.safetensors").is_file() and not list(tmp_path.glob("model*"))
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not list(tmp_path.glob("model*safetensors*"))
 
 
 def test_an_adapter_saved_into_its_base_leaves_that(tmp_path):

@@ -30,6 +30,7 @@ class CheckpointMixin:
     _staged = None  # the folder that a checkpoint is written in at the moment
     _alone = False  # of several processes, the one that writes does not wait for the others
     _saved_step = None  # optimiser steps in the newest checkpoint; none before the first step
+    _saved_in = None  # its folder
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staged is None else str(self._staged)
@@ -68,7 +69,7 @@ class CheckpointMixin:
                 f"{message} {weights} Make room and go on from the last whole checkpoint with "
                 "`resume_from_checkpoint=True`; `on_failed_save='continue'` would have gone on without this one."
             ) from failure.__cause__
-        self._saved_step = self.state.global_step
+        self._saved_step, self._saved_in = self.state.global_step, run_dir / name
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:

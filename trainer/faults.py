@@ -13,7 +13,7 @@ from torch.utils.data._utils import signal_handling
 
 from .placing import finish_replacing, remove
 from .progress import StepHooks, set_random_states
-from .resuming import STAGING, compare_settings, read_progress, resolve_checkpoint
+from .resuming import PROGRESS_NAME, STAGING, compare_settings, read_progress, read_step, resolve_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -38,21 +38,33 @@ class FaultsMixin:
         Trains, see [`~transformers.Trainer.train`].
 
         Args:
-            resume_from_checkpoint (`bool` or `str`, *optional*): a folder; or `True`, for the last whole checkpoint of `output_dir`.
+            resume_from_checkpoint (`bool` or `str`, *optional*): a folder; or `True`, for the last whole checkpoint of
+                the newest run in `output_dir`; or `"auto"`, for that one if there is any.
             trial, ignore_keys_for_eval (*optional*): see [`~transformers.Trainer.train`].
 
         Raises:
             ValueError: no such checkpoint, one that is not whole, or settings under which it cannot be gone on from.
         """
         output_dir = Path(self.args.output_dir)
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, output_dir)
-        if checkpoint is not None and (progress := read_progress(checkpoint)) is not None:
+        checkpoint = self._agreed_checkpoint(resume_from_checkpoint)
+        progress = None if checkpoint is None else read_progress(checkpoint)
+        if progress is not None:
             compare_settings(progress["settings"], self._settings(), checkpoint, self.args.ignore_data_skip)
-        elif checkpoint is None and any(output_dir.glob("checkpoint-*")):
+        elif checkpoint is not None:
             logger.warning(
-                "`%s` has checkpoints of another run: `resume_from_checkpoint=True` takes the highest number, whichever run it "
-                "is of.",
+                "`%s` has no `%s`: whether seed, rows and objective are those of its run is not known, and the sums behind its next "
+                "log are lost.",
+                checkpoint,
+                PROGRESS_NAME,
+            )
+        elif any(output_dir.glob("checkpoint-*")):
+            logger.warning(
+                "`%s` has checkpoints of another run, which this one replaces step by step.",
                 output_dir,
+            )
+        if self.args.save_only_model:
+            logger.warning(
+                "`save_only_model=True`: a run that is stopped cannot be gone on from, it leaves its weights alone."
             )
         failure = self._in_turn(output_dir / STAGING, lambda: finish_replacing(output_dir))  # of a run that was cut
         if failure is not None:
@@ -61,6 +73,7 @@ class FaultsMixin:
             remove(output_dir / STAGING)
         self.accelerator.wait_for_everyone()
         self._saved_step = self._window = self._signal = None
+        self._saved_in = checkpoint
         hooks = StepHooks(self, checkpoint)
         self.add_callback(hooks)
         try:
@@ -74,6 +87,27 @@ class FaultsMixin:
             self.remove_callback(hooks)
             self.is_in_train = False
 
+    def _agreed_checkpoint(self, asked):
+        """What [`resolve_checkpoint`] gives, where it is of the same step on all processes; an error of one is raised by all."""
+        checkpoint = failure = None
+        try:
+            checkpoint = resolve_checkpoint(asked, self.args.output_dir)
+        except ValueError as error:
+            failure = error
+        if self.args.world_size > 1:
+            step = None if checkpoint is None else read_step(checkpoint)
+            found = [None] * self.args.world_size
+            torch.distributed.all_gather_object(found, f"step {step}" if failure is None else str(failure))
+            if len(set(found)) > 1:
+                told = "; ".join(f"process {index}: {text}" for index, text in enumerate(found))
+                raise ValueError(
+                    f"`resume_from_checkpoint` is {asked!r}, which is not the same to all processes ({told}): copy the checkpoint "
+                    "to every node, or begin anew on all of them."
+                )
+        if failure is not None:
+            raise failure
+        return checkpoint
+
     def _save_last_step(self, error):
         """A checkpoint of the last finished optimiser step, if there is none yet; the error tells where it is."""
         step, window = self.state.global_step, self._window
@@ -81,7 +115,7 @@ class FaultsMixin:
             return
         self._leave_evaluation()
         self._signal, saved_step = None, self._saved_step
-        where = f"`{Path(self.args.output_dir) / f'checkpoint-{step}'}`"
+        where = None
         if step > saved_step:
             try:
                 if window["step"] == step and window["updating"]:
@@ -100,6 +134,8 @@ class FaultsMixin:
                 where = f"no checkpoint: {failure}"
         elif step == 0:
             where = "no checkpoint, since none was finished"
+        where = where or f"`{self._saved_in}`"
+        self._saved_step = None  # not again on the way out
         told = f"Training stops at step {step} ({type(error).__name__}: {str(error)[:400]}). Its steps are in {where}"
         logger.error(
             "%s. `resume_from_checkpoint=True` goes on from the last whole checkpoint.", told.removesuffix(".")

@@ -1,17 +1,30 @@
 """What a run has to remember beside its weights, so that its rest is what it would have been."""
 
 import random
+import re
 import time
+import uuid
 
 import numpy as np
 import torch
 from transformers import SchedulerType, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from .resuming import read_progress
 from .sft_config import OBJECTIVE
 
 
-SCHEDULE = ("max_steps", "num_train_epochs", "warmup_steps", "max_grad_norm")
+SCHEDULE = ("max_steps", "num_train_epochs", "warmup_steps", "max_grad_norm", "bf16", "fp16")
+ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 class ProgressMixin:
@@ -24,23 +37,35 @@ class ProgressMixin:
     _window = None
     _evaluation_due = False  # from the end of a step until its evaluation has settled which model is best
     _states_before_evaluation = None
+    _run = None  # the same in all checkpoints of a run and of those that went on from one
     _num_dropped = _num_dropped_in_a_row = _num_skipped_rows = 0
 
     def _settings(self):
         """What a checkpoint's run has to have in common with the one that goes on from it."""
-        args, config = self.args, self.accelerator.unwrap_model(self.model).config
-        rows = self.train_dataset
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        config, rows = model.config, self.train_dataset
+        language = config.get_text_config().to_dict()
+        adapter = model.peft_config[model.active_adapter].to_dict() if hasattr(model, "peft_config") else {}
         return {
             "model": {
                 "num_latents": config.num_latents,
                 "latent_size": config.latent_size,
-                "use_peft": hasattr(self.model, "peft_config"),
-            },
+                "use_peft": bool(adapter),
+                "backbone": config.backbone_config.model_type,
+                "freeze_vision": args.freeze_vision,
+                "optim": OptimizerNames(args.optim).value,
+            }
+            | {name: language[name] for name in ("hidden_size", "num_hidden_layers") if name in language}
+            | {name: as_json(adapter[name]) for name in ADAPTER if name in adapter},
             "data": {
                 "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "seed": args.seed,
                 "data_seed": args.data_seed,
                 "rows of train_dataset": len(rows) if hasattr(rows, "__len__") else None,
+                "train_sampling_strategy": str(args.train_sampling_strategy),
+                "dataloader_drop_last": args.dataloader_drop_last,
+                "shard_stream": args.shard_stream,
+                "processes that share the stream": args.world_size if args.shard_stream else None,
             },
             "schedule": {name: getattr(args, name) for name in (*OBJECTIVE, *SCHEDULE)}
             | {"lr_scheduler_type": SchedulerType(args.lr_scheduler_type).value},
@@ -78,11 +103,13 @@ class ProgressMixin:
             "num_skipped_rows": self._num_skipped_rows,
             "evaluation_due": self._evaluation_due,
             "saved_at": time.time(),
+            "run": self._run,
+            "num_processes": None if self.args.save_on_each_node else self.args.world_size,
         }
 
     def _begin(self, checkpoint):
         """At the first step of a run, or of its rest."""
-        self._saved_step, self._evaluation_due = self.state.global_step, False
+        self._saved_step, self._evaluation_due, self._run = self.state.global_step, False, uuid.uuid4().hex
         self._num_dropped = self._num_dropped_in_a_row = self._num_skipped_rows = 0
         self._totals["train"].clear()
         progress = None if checkpoint is None else read_progress(checkpoint)
@@ -94,6 +121,7 @@ class ProgressMixin:
             self._totals["train"].update(progress["totals"])
             self._num_dropped, self._num_skipped_rows = progress["num_dropped"], progress["num_skipped_rows"]
             self._evaluation_due = progress.get("evaluation_due", False)
+            self._run = progress.get("run")
         for entry in self.state.log_history:  # for the card, where none is made any more
             if "eval_nll_prior" in entry:
                 self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
@@ -176,6 +204,13 @@ class StepHooks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._window["updating"] = True
+
+
+def as_json(value):
+    """A setting as it comes back from JSON, where sets have no order; of a pattern, what matches."""
+    if isinstance(value, str):
+        return re.sub(r"\(\?#[^)]*\)", "", value)  # without its note
+    return sorted(value) if isinstance(value, (set, list, tuple)) else getattr(value, "value", value)
 
 
 def random_states():

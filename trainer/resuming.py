@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def resolve_checkpoint(asked, output_dir):
     The checkpoint that `resume_from_checkpoint` names.
 
     Args:
-        asked (`bool`, `str` or `Path`, *optional*): `True` or `"true"` for the last whole one of `output_dir`; `"auto"` for that
+        asked (`bool`, `str` or `Path`, *optional*): `True` or `"true"` for the last whole one of the
+            newest run in `output_dir`; `"auto"` for that
             one, if there is any; or a folder.
         output_dir (`str` or `Path`): of the run.
 
@@ -48,22 +50,38 @@ def resolve_checkpoint(asked, output_dir):
         return None
     is_auto = str(asked).lower() == "auto"
     if str(asked).lower() != "true" and not is_auto:
+        if not isinstance(asked, (str, os.PathLike)):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {asked!r}: give a folder, or `true` for the last whole checkpoint of "
+                f"`{output_dir}`."
+            )
+        asked = Path(asked).expanduser()
         if problem := what_is_wrong(asked):
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(asked)!r}, which cannot be resumed from: {problem}. Name another "
                 f"checkpoint, or `true` for the last whole one of `{output_dir}`."
             )
+        later = [path.name for path in numbered_checkpoints(asked.parent) if number_of(path) > number_of(asked)]
+        if later:
+            logger.warning(
+                "`%s` is gone on from, and there are later ones beside it, which this run will replace: %s. As long as they are "
+                "there, `resume_from_checkpoint=True` takes the last one of its run.",
+                asked,
+                later,
+            )
         return str(asked)
-    numbered = {path.name.split("-", 1)[1]: path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    broken = {}
-    for number in sorted(filter(str.isdigit, numbered), key=int, reverse=True):
-        checkpoint = numbered[number]
-        problem = what_is_wrong(checkpoint)
-        if problem is None:
-            for name, why in broken.items():
-                logger.warning("`%s` is passed over, it is not whole: %s.", name, why)
-            return str(checkpoint)
-        broken[checkpoint.name] = problem
+    broken, whole = {}, []
+    for checkpoint in sorted(numbered_checkpoints(output_dir), key=number_of):
+        if problem := what_is_wrong(checkpoint):
+            broken[checkpoint.name] = problem
+        else:
+            whole.append(checkpoint)
+    if whole:
+        for name, why in broken.items():
+            logger.warning("`%s` is passed over, it is not whole: %s.", name, why)
+        # The run that wrote last: one that was in this folder before may have come further.
+        newest = run_of(max(whole, key=saved_at))
+        return str(max((checkpoint for checkpoint in whole if run_of(checkpoint) == newest), key=number_of))
     written = [path.name for path in (output_dir / STAGING).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     found = [f"`{name}`: {why}" for name, why in broken.items()]
     found += [f"`{STAGING}/{name}`: it was being written when the run ended" for name in sorted(written)]
@@ -81,6 +99,8 @@ def resolve_checkpoint(asked, output_dir):
 def what_is_wrong(folder):
     """Why a folder is no whole checkpoint, as far as that shows without reading it all; `None` if it is one."""
     folder = Path(folder)
+    if folder.is_file():
+        return "it is a file, not a folder"
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / TRAINER_STATE_NAME).is_file():
@@ -89,6 +109,8 @@ def what_is_wrong(folder):
         if not any(True for pattern in patterns for _ in folder.glob(pattern)):
             hint = "; to start from its weights alone, name it as the model" if what != "weights" else ""
             return f"it has no {what}{hint}"
+    if any(folder.glob("model-*-of-*.safetensors")) and not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return f"it has no `{SAFE_WEIGHTS_INDEX_NAME}`"
     with contextlib.suppress(FileNotFoundError):
         tag = (folder / "latest").read_text().strip()  # DeepSpeed's
         if not tag or not any((folder / tag).glob("*.pt")):
@@ -98,7 +120,25 @@ def what_is_wrong(folder):
             return f"`{path.relative_to(folder)}` {problem}"
         if path.is_dir() and any(path.glob("*.distcp")) and not (path / ".metadata").is_file():
             return f"`{path.relative_to(folder)}` has no `.metadata`"
-    return None
+    num_processes = (read_progress(folder) or {}).get("num_processes") or 1  # of one, its file was found above
+    states = [f"rng_state_{index}.pth" for index in range(num_processes)] if num_processes > 1 else []
+    missing = [name for name in states if not (folder / name).is_file()]
+    return f"it has no {missing}" if missing else None
+
+
+def numbered_checkpoints(output_dir):
+    return [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number_of(path) >= 0]
+
+
+def number_of(checkpoint):
+    """`int`: the steps in the name of a checkpoint; -1 for another name."""
+    prefix, _, number = Path(checkpoint).name.rpartition("-")
+    return int(number) if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() else -1
+
+
+def run_of(checkpoint):
+    """`str`: which run a checkpoint is of; `None` for one of another trainer."""
+    return (read_progress(checkpoint) or {}).get("run")
 
 
 def _what_is_wrong_with(path):
@@ -139,11 +179,16 @@ def put_back_replaced(output_dir):
 
 
 def read_progress(checkpoint):
-    """What [`CheckpointMixin`] wrote down beside transformers' own state; `None` for a checkpoint of another trainer."""
+    """What [`CheckpointMixin`] wrote down beside transformers' own state; `None` where there is nothing to read."""
     try:
         return json.loads(Path(checkpoint, PROGRESS_NAME).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # one that is cut is told by `what_is_wrong`
         return None
+
+
+def read_step(checkpoint):
+    """`int`: optimiser steps that a checkpoint has."""
+    return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
 
 
 def saved_at(checkpoint):
