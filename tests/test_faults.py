@@ -567,7 +567,7 @@ def test_too_many_bad_rows_in_a_row_stop_the_run(make_trainer, broken_rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def on_two_ranks(words, folder, callbacks=(None, None), file_limits=(None, None)):
+def on_two_ranks(words, folder, callbacks=(None, None), file_limits=(None, None), more_words=((), ())):
     """Exit codes and logs of two processes that train together, by gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -578,7 +578,7 @@ def on_two_ranks(words, folder, callbacks=(None, None), file_limits=(None, None)
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
         settings = {"environment": environment, "callback": callbacks[rank], "file_limit": file_limits[rank]}
-        processes.append(started(words, logs[rank], **settings))
+        processes.append(started([*words, *more_words[rank]], logs[rank], **settings))
     for process in processes:
         process.join(120)
         process.kill()
@@ -628,3 +628,14 @@ def test_a_checkpoint_that_one_of_two_processes_cannot_write_stops_both(command,
     assert codes == [1, 1]
     assert all("`checkpoint-3` could not be written" in log for log in logs), logs
     assert (folder / "weights-3" / "model.safetensors").is_file() and not list(folder.glob("checkpoint-*"))
+
+
+def test_nodes_that_would_begin_at_different_steps_are_told_so(command, whole, tmp_path):
+    """As where they share no disk, and one of them is new."""
+    words, _ = command(**RANKS)
+    more = [
+        ("--output_dir", str(folder), "--resume_from_checkpoint", "auto") for folder in (whole(), tmp_path / "new")
+    ]
+    codes, logs = on_two_ranks(words, tmp_path, more_words=more)
+    assert codes == [1, 1]
+    assert all("process 0: step 14; process 1: step None" in log for log in logs), logs

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .hub import TRAINING_STATE
 from .placing import MOVING, WRITTEN, delete_oldest, flush_tree, remove, replace_files, replace_folder
 from .resuming import PROGRESS_NAME, STAGING
 
@@ -74,6 +76,21 @@ class CheckpointMixin:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
             delete_oldest(run_dir, self.args.save_total_limit, run_dir / name, self.state.best_model_checkpoint)
+
+    def _copy_to_output_dir(self, folder):
+        """What a checkpoint has of a model: a copy, since the checkpoint may be deleted while it is on its way."""
+        output_dir = Path(self.args.output_dir)
+        staged = output_dir / STAGING / "push"
+        remove(staged)
+        staged.mkdir(parents=True)
+        try:
+            for path in folder.iterdir():
+                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in TRAINING_STATE):
+                    shutil.copy(path, staged)
+            flush_tree(staged)
+            replace_files(staged, output_dir)
+        finally:
+            remove(staged)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shlex
-import shutil
 import time
 from concurrent.futures import wait
 from fnmatch import fnmatch
@@ -14,9 +13,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ru
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
-
-from .placing import WEIGHTS, flush_tree, remove, replace_files
-from .resuming import STAGING
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +24,14 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 # The last one shows rows of the training data.
 NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
+# Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
+WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
 TRAINING_STATE = (
     "optimizer*",
     "scheduler.pt",
@@ -244,21 +248,6 @@ class HubMixin:
         if args.hub_strategy in ("checkpoint", "all_checkpoints"):
             name = "last-checkpoint" if args.hub_strategy == "checkpoint" else folder.name
             self._pushes.append(run_as_future(push_folder, folder, *settings, f"{message}, checkpoint", name))
-
-    def _copy_to_output_dir(self, folder):
-        """What a checkpoint has of a model: a copy, since the checkpoint may be deleted while it is on its way."""
-        output_dir = Path(self.args.output_dir)
-        staged = output_dir / STAGING / "push"
-        remove(staged)
-        staged.mkdir(parents=True)
-        try:
-            for path in folder.iterdir():
-                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in TRAINING_STATE):
-                    shutil.copy(path, staged)
-            flush_tree(staged)
-            replace_files(staged, output_dir)
-        finally:
-            remove(staged)
 
     def _finish_current_push(self):
         wait(self._pushes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .hub import WEIGHTS
 from .resuming import REPLACED, STAGING, saved_at
 
 
@@ -15,14 +16,6 @@ WRITTEN, MOVING = (
     "written",
     "moving",
 )  # folders in `_unfinished`: a whole model, and one of which files are moved already
-# Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those that are written.
-WEIGHTS = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
 
 
 def flush(path):

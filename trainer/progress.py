@@ -128,7 +128,7 @@ class ProgressMixin:
         self._window = self._progress()
 
     def _run_epoch(self, *args, **kwargs):
-        if self._evaluation_due:  # the run was cut in it
+        if self._evaluation_due and self.args.eval_strategy != "no":  # the run was cut in it
             self._evaluate_again(**kwargs)
         if self.state.global_step >= self.state.max_steps:  # cut after its last step; transformers would take one more
             self.control.should_training_stop = True
