@@ -129,6 +129,9 @@ class AMVLSFTTrainer(
         if args.freeze_vision:
             self._freeze_vision(model, peft_config)
         embedding_norm = amvl_model(model).typical_embedding_norm()
+        rows = train_dataset
+        if isinstance(rows, Dataset):  # TRL looks at a row for its columns: the first may be one that cannot be decoded
+            train_dataset = Dataset.from_list([dict.fromkeys(rows.column_names)])
         super().__init__(
             model=model,
             args=args,
@@ -139,6 +142,7 @@ class AMVLSFTTrainer(
             peft_config=peft_config,
             **kwargs,
         )
+        self.train_dataset = rows
         if isinstance(self.model, PeftModel):
             self._settle_adapter()
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
