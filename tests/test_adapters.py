@@ -291,6 +291,21 @@ REFUSED = {
         lora(modules_to_save=["embed_tokens"]),
         "the embedding table, whose weights are the output layer's",
     ),
+    "tied head": (
+        lora(modules_to_save=["lm_head"]),
+        "'lm_head', the output layer, whose weights are the embedding table's",
+    ),
+    "aLoRA": (
+        lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
+        r"`alora_invocation_tokens` .* is \[5, 6\]",
+    ),
+    "no alpha": (lora(lora_alpha=0), "`lora_alpha` of `peft_config` is 0"),
+    "no alpha of some": (lora(alpha_pattern={"q_proj": 0}), "'q_proj': 0"),
+    "all dropped": (lora(lora_dropout=1.0), "`lora_dropout` of `peft_config` is 1.0"),
+    "bias to nowhere": (
+        lora(lora_bias=True),
+        r"`lora_bias=True` of the adapter `default`, but `.*q_proj` has no bias",
+    ),
     "vision biases": (lora(bias="all"), "`freeze_vision=True`, but the adapter trains"),
     "IA3": (IA3Config(target_modules=TARGETS, feedforward_modules=[]), "is a `IA3Config`"),
     "AdaLoRA": (AdaLoraConfig(target_modules=TARGETS, total_step=9), "is a `AdaLoraConfig`"),

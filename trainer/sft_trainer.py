@@ -130,7 +130,9 @@ class AMVLSFTTrainer(
             self._freeze_vision(model, peft_config)
         embedding_norm = amvl_model(model).typical_embedding_norm()
         rows = train_dataset
-        if isinstance(rows, Dataset):  # TRL looks at a row for its columns: the first may be one that cannot be decoded
+        if isinstance(
+            rows, Dataset
+        ):  # TRL looks at a row for its columns: the first may be one that cannot be decoded
             train_dataset = Dataset.from_list([dict.fromkeys(rows.column_names)])
         super().__init__(
             model=model,
