@@ -435,6 +435,7 @@ class AMVLSFTTrainer(
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
             is_adapter=isinstance(self.model, PeftModel) and not is_merged,
+            base_revision=amvl_model(self.model).base_commit,
         )
         card.save(str(Path(folder) / "README.md"))
 
