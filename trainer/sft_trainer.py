@@ -134,16 +134,21 @@ class AMVLSFTTrainer(
             rows, Dataset
         ):  # TRL looks at a row for its columns: the first may be one that cannot be decoded
             train_dataset = Dataset.from_list([dict.fromkeys(rows.column_names)])
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        except StopIteration:
+            raise ValueError(
+                "`train_dataset` is a stream without rows: look at how it is filtered, and at its files."
+            ) from None
         self.train_dataset = rows
         if isinstance(self.model, PeftModel):
             self._settle_adapter()
