@@ -356,7 +356,9 @@ class AMVLSFTTrainer(
         try:
             report = self_test(model, inputs, forward=self.model)
             full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
-        except Exception as error:  # of the full plan, out of memory most likely, which the run itself may not need
+        except (
+            Exception
+        ) as error:  # of the full plan: a batch that is not finite, or memory that the run itself may not need
             unchecked = f"{type(error).__name__}: {error}"
         if self.args.world_size > 1:  # every process has to take the same plan
             found = [None] * self.args.world_size
@@ -364,9 +366,9 @@ class AMVLSFTTrainer(
             unchecked, full_failed, failed = ("; ".join(filter(None, messages)) for messages in zip(*found))
         if unchecked:
             logger.warning(
-                "The self-test could not run three full forwards, so that the plan in use goes on unchecked: %s. Try a "
-                "smaller `per_device_train_batch_size`, or set `self_test=False`.",
-                unchecked,
+                "The self-test could not compare the plan in use with three full forwards, so that it goes on unchecked: %s If memory "
+                "ran out, try a smaller `per_device_train_batch_size`, or set `self_test=False`.",
+                f"{unchecked.removesuffix('.')}.",
             )
             return
         if full_failed:
