@@ -18,7 +18,7 @@ from .collator import AMVLDataCollator
 from .data.lengths import token_lengths
 from .data.skipping import CountingCollator, NumberedCollator, NumberedRows, good_rows
 from .data.step_batches import BY_LENGTH, step_batches
-from .data.stream_batches import StreamBatches
+from .data.stream_batches import EvenBatch, StreamBatches
 
 
 logger = logging.getLogger(__name__)
@@ -192,8 +192,9 @@ class LoadingMixin:
 
 
 def _collate(collator, rows):
-    """An empty batch for one that a resumed run skips."""
-    return collator(rows) if rows else {}
+    """An empty batch for one that a resumed run skips; with `num_own_rows` where others fill it up."""
+    batch = collator(rows) if rows else {}
+    return batch | {"num_own_rows": rows.num_own} if isinstance(rows, EvenBatch) else batch
 
 
 def check_loading(args, dataset):

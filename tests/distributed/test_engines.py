@@ -212,6 +212,12 @@ def tools_of_slurm(folder, srun):
     return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
+def test_an_evaluation_of_a_stream_counts_no_row_twice(run):
+    """Five rows, of which two processes take batches of two."""
+    streams = ("--dataset_streaming", "true")
+    assert_same_logs(run("ddp", *streams), run("single", *streams))
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_job_of_slurm_joins_its_machines(run, start, folder, engine):
     path = tools_of_slurm(folder / f"tools-{engine}", SRUN)
