@@ -25,6 +25,7 @@ def render_card(
     data_licences=None,
     diagnosis=None,
     is_adapter=False,
+    base_revision=None,
 ):
     """
     The model card of a checkpoint.
@@ -39,6 +40,7 @@ def render_card(
         data_licences (`str`, *optional*): of the training data, a line for each source.
         diagnosis (`dict`, *optional*): what recipes/diagnose_amvl.py wrote as `diagnosis.json`: its verdict and table.
         is_adapter (`bool`, defaults to `False`): a PEFT adapter, to be loaded on its base.
+        base_revision (`str`, *optional*): the base's commit on the Hub.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -70,6 +72,9 @@ def render_card(
         latent_temperature=config.latent_temperature,
         latent_token_id=config.latent_token_id,
         initial_token_id=config.initial_token_id,
+        min_log_variance=config.min_log_variance,
+        max_log_variance=config.max_log_variance,
+        base_revision=base_revision,
         is_adapter=is_adapter,
         built_from_stock=not config._name_or_path,
         backbone=card_data.base_model,

@@ -65,6 +65,8 @@ def _facts(config):
         "latent_size": config.latent_size,
         "latent_token_id": config.latent_token_id,
         "initial_token_id": config.initial_token_id,
+        "min_log_variance": float(config.min_log_variance),
+        "max_log_variance": float(config.max_log_variance),
     }
     return {key: str(value) for key, value in facts.items()}
 
@@ -120,6 +122,7 @@ def load_base(cls, name, where, **kwargs):
 
     Raises:
         ImportError: peft is not installed.
+        OSError: the base is not where the adapter says, or not whole.
         ValueError: the adapter is not one of an AMVL model, or does not say what its base is.
     """
     if not is_peft_available():
@@ -142,10 +145,16 @@ def load_base(cls, name, where, **kwargs):
     kwargs |= {"revision": adapter_config["revision"]} if adapter_config["revision"] else {}
     kwargs.setdefault("dtype", config.dtype or "auto")
     base_where = {key: kwargs[key] for key in (*HUB, "revision") if key in kwargs}
-    if cls.config_class.get_config_dict(base, **base_where)[0].get("model_type") == AMVLConfig.model_type:
-        model = cls.from_pretrained(base, **kwargs)
-    else:
-        model = cls.from_backbone(base, **{key: getattr(config, key) for key in BUILT_WITH}, **kwargs)
+    try:
+        if cls.config_class.get_config_dict(base, **base_where)[0].get("model_type") == AMVLConfig.model_type:
+            model = cls.from_pretrained(base, **kwargs)
+        else:
+            model = cls.from_backbone(base, **{key: getattr(config, key) for key in BUILT_WITH}, **kwargs)
+    except OSError as error:
+        raise OSError(
+            f"The base of the adapter `{name}` cannot be loaded from `{base}`: {error} Put it there, or write where it is as "
+            "`base_model_name_or_path` into adapter_config.json."
+        ) from error
     for key in ("latent_temperature", "multipass"):  # may have been another than the base's
         setattr(model.config, key, getattr(config, key))
     model.generation_config = model.backbone.generation_config = GenerationConfig.from_pretrained(name, **where)
@@ -168,12 +177,12 @@ def put_adapter(model, name, where):
     """
     # By name: an import would make peft a requirement of every checkpoint that carries this code. Not by `load_adapter` of
     # transformers, which does not find the weights of DoRA and of a tied head.
-    peft = importlib.import_module("peft")
+    peft, safetensors = importlib.import_module("peft"), importlib.import_module("safetensors")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
             return peft.PeftModel.from_pretrained(model, name, **where).eval()
-        except (KeyError, UserWarning) as error:
+        except (KeyError, UserWarning, safetensors.SafetensorError) as error:
             raise ValueError(f"The adapter `{name}` is not whole: {str(error)[:300]}") from error
 
 

@@ -15,6 +15,7 @@ from test_hub import ASK, REPOSITORY, client, hub  # noqa: F401
 from tiny import build_tiny_backbone
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
+from model_cards import render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
 from trainer.adapters import LATENT_MODULES, merge_adapter, prepare_peft_config, settle_adapter
@@ -210,6 +211,22 @@ def merge_again(trainer, tmp_path):
     return tmp_path / "merged again"
 
 
+def test_the_base_that_the_card_builds_is_the_one_it_was_trained_on(train, make_model, stock, processor, rows):
+    model = make_model(min_log_variance=-1.5, max_log_variance=-0.5)
+    trainer, _ = train(lora(), model=model)
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    code = card.split("```python\n")[2].split("```")[0]
+    assert "revision" not in code and code.count('"...",  # the folder of its backbone') == 1
+    scope = {}
+    exec(code.replace('"..."', repr(str(stock))), scope)
+    adapted = PeftModel.from_pretrained(scope["base"], trainer.args.output_dir)
+    expected = numbers(trainer.model, processor, rows)
+    torch.testing.assert_close(numbers(adapted, processor, rows), expected, rtol=0, atol=1e-6)
+    model.config.backbone_config._name_or_path = "someone/stock"
+    card = render_card(model.config, "m", {}, is_adapter=True, base_revision="abc").text
+    assert '    "someone/stock",\n    revision="abc",\n    num_latents=2,\n' in card
+
+
 def test_where_the_row_cannot_be_carried_the_base_has_to_start_it_alike(make_model, caplog):
     def adapted(warm):
         model = make_model(warm)
@@ -242,8 +259,17 @@ def adapter(train):
     return Path(train(lora(), folder="adapter")[0].args.output_dir)
 
 
+OTHERS = {
+    "num_latents": 3,
+    "latent_size": 4,
+    "latent_token_id": 420,
+    "min_log_variance": -7.0,
+    "max_log_variance": 3.0,
+}
+
+
 def test_another_base_is_refused_by_what_differs(adapter, make_model, stock):
-    for setting, value in {"num_latents": 3, "latent_size": 4, "latent_token_id": 420}.items():
+    for setting, value in OTHERS.items():
         with pytest.raises(
             ValueError, match=f"trained around another model: `{setting}` is .* there and {value} here"
         ):
@@ -277,6 +303,24 @@ def test_an_adapter_without_a_head_is_not_loaded(adapter):
         AMVLForConditionalGeneration.from_pretrained(adapter)
 
 
+def test_a_base_that_is_not_where_it_was_is_named(adapter, stock, tmp_path):
+    moved = tmp_path / "moved"
+    for take in (stock, stock / "model.safetensors"):
+        take.rename(moved)
+        try:
+            with pytest.raises(OSError, match=f"The base of the adapter `{adapter}` cannot be loaded from `{stock}`"):
+                AMVLForConditionalGeneration.from_pretrained(adapter)
+        finally:
+            moved.rename(take)
+
+
+def test_an_adapter_that_was_cut_is_named(adapter):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"The adapter `{adapter}` is not whole"):
+        AMVLForConditionalGeneration.from_pretrained(adapter)
+
+
 REFUSED = {
     "inference_mode": (lora(inference_mode=True), "`inference_mode=True`"),
     "vision": (lora(target_modules=["fc1"]), "[Nn]o modules were targeted|adapts nothing in the language model"),
@@ -290,6 +334,21 @@ REFUSED = {
     "tied table": (
         lora(modules_to_save=["embed_tokens"]),
         "the embedding table, whose weights are the output layer's",
+    ),
+    "tied head": (
+        lora(modules_to_save=["lm_head"]),
+        "'lm_head', the output layer, whose weights are the embedding table's",
+    ),
+    "aLoRA": (
+        lora(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM"),
+        r"`alora_invocation_tokens` .* is \[5, 6\]",
+    ),
+    "no alpha": (lora(lora_alpha=0), "`lora_alpha` of `peft_config` is 0"),
+    "no alpha of some": (lora(alpha_pattern={"q_proj": 0}), "'q_proj': 0"),
+    "all dropped": (lora(lora_dropout=1.0), "`lora_dropout` of `peft_config` is 1.0"),
+    "bias to nowhere": (
+        lora(lora_bias=True),
+        r"`lora_bias=True` of the adapter `default`, but `.*q_proj` has no bias",
     ),
     "vision biases": (lora(bias="all"), "`freeze_vision=True`, but the adapter trains"),
     "IA3": (IA3Config(target_modules=TARGETS, feedforward_modules=[]), "is a `IA3Config`"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 from loading_runs import make_row, make_rows, run
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 from tiny import build_tiny_backbone
 
 from modeling_amvl import AMVLProcessor
@@ -32,6 +32,7 @@ CASES = {
     **{strategy: {**EPOCHS, "train_sampling_strategy": strategy} for strategy in STRATEGIES},
 }
 SPLITS = ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+SKIPPING = {"on_bad_row": "skip", "max_skips_in_a_row": 20}
 BY_TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}  # of each of two processes
 
 
@@ -145,16 +146,42 @@ def checkpoints(tmp_path_factory):
 def test_a_resumed_run_goes_on_with_the_next_row_and_decodes_none_before(case, step, checkpoints, tmp_path):
     left = whole_run(case)[step:]
     broken = set(range(ROWS)) - set(itertools.chain(*left))
-    if case != "stream":
-        broken -= {0}  # TRL looks at the first row
     assert broken or step < 5
     settings = {**CASES[case], **SPLITS[1], "broken": tuple(broken)}
     path = str(checkpoints(case) / f"checkpoint-{step}")
     resumed = run(tmp_path, **settings, dataloader_num_workers=1, resume=path)
     assert sets_of(steps_of(resumed)) == sets_of(left)
     if broken:
-        with pytest.raises((ValueError, UnidentifiedImageError), match="cannot identify image file"):
+        with pytest.raises(ValueError, match="cannot identify image file"):
             run(tmp_path / "from the start", **settings)
+
+
+def test_the_first_row_may_be_a_bad_one(tmp_path):
+    settings = {"num_rows": 3, "broken": (0,), "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+    assert steps_of(run(tmp_path, **settings, on_bad_row="skip", per_device_train_batch_size=1)) == [[1], [1], [2]]
+    with pytest.raises(ValueError, match="Row 0 of `train_dataset` cannot be trained on: cannot identify image file"):
+        run(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_rows_at_the_end_of_a_stream_are_counted(num_workers, tmp_path):
+    settings = {"shards": 1, "broken": (0, 2, 3, 4), "num_rows": 5, "max_steps": 1, "per_device_train_batch_size": 2}
+    settings |= {"on_bad_row": "skip", "dataloader_num_workers": num_workers}
+    trainer = run(tmp_path, **settings)
+    assert steps_of(trainer) == [[1]] and trainer.skipped() == {"skipped_rows": 4}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_bad_row_of_an_evaluation_is_named(is_stream, tmp_path):
+    trainer = run(tmp_path, max_steps=1)
+    rows = make_rows(5, broken=(3,))
+    trainer.eval_dataset = {"hard": rows.to_iterable_dataset() if is_stream else rows}
+    with pytest.raises(ValueError, match="Row 3 of `hard` cannot be evaluated on: .* Repair or drop it[.]$"):
+        trainer.evaluate()
+    with pytest.raises(ValueError, match="Row 3 of `eval_dataset` cannot be evaluated on"):
+        trainer.evaluate(trainer.eval_dataset["hard"])
+    with pytest.raises(ValueError, match="Row 2 of `train_dataset` cannot be trained on"):
+        run(tmp_path, broken=(2,), **STREAM | {"shards": 1, "buffer": 0})
 
 
 def test_a_longer_stream_goes_on_where_the_shorter_ended(tmp_path):
@@ -339,11 +366,32 @@ def test_a_column_of_lengths_is_taken_as_it_is(tmp_path, monkeypatch):
         ({"shard_stream": True}, "`shard_stream=True`, but `train_dataset` is no stream"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 12}, "leaves none of the 11 rows"),
         ({**STREAM, "dataloader_drop_last": True, "per_device_train_batch_size": 12}, "ends before the first step"),
+        ({"num_rows": 0}, "`train_dataset` has no rows"),
+        (
+            {**STREAM, **SKIPPING, "broken": range(ROWS)},
+            "None of the 11 rows of the stream can be trained on, the last",
+        ),
     ],
 )
 def test_settings_under_which_rows_would_come_wrongly_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **settings)
+
+
+class Filtered:
+    """Rows of which a stream keeps none."""
+
+    def __init__(self, num_rows, _):
+        self.rows = make_rows(num_rows)
+
+    def to_iterable_dataset(self, num_shards):
+        return self.rows.to_iterable_dataset(num_shards).filter(lambda row: False)
+
+
+def test_a_stream_without_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("loading_runs.make_rows", Filtered)
+    with pytest.raises(ValueError, match="`train_dataset` is a stream without rows"):
+        run(tmp_path, **STREAM)
 
 
 class Generated:

@@ -113,6 +113,17 @@ def test_a_shared_plan_that_raises_is_named(family, monkeypatch):
 
 
 @families
+@pytest.mark.parametrize("part", ["latent_projection", "backbone"])
+def test_a_batch_that_is_not_finite_under_either_plan_says_nothing_about_them(family, part):
+    model = build_model(family)
+    parameter = next(getattr(model, part).parameters())
+    with torch.no_grad():
+        parameter.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="under the full plan, `loss`.* are not finite"):
+        self_test(model, make_batch(family))
+
+
+@families
 def test_an_attention_that_sees_the_answer_ahead_is_a_failure_of_the_backbone(family, monkeypatch):
     plant_bidirectional_attention(monkeypatch)
     report = self_test(build_model(family), make_batch(family))

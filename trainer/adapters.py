@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from peft import PeftType, PromptLearningConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -81,6 +82,7 @@ def check_adapter(model):
     for name in LATENT_MODULES:
         _refuse_half_trained(name, getattr(inner, name), adapter)
     _refuse_idle_layers(inner, adapter)
+    _refuse_unmergeable(inner, adapter)
 
 
 def settle_adapter(model, upcast=True):
@@ -156,6 +158,19 @@ def _refuse_settings(config, name):
             f"`init_lora_weights` of `{name}` is {config.init_lora_weights!r}, which loading the adapter does not repeat: use one "
             f"of {INITIALISATIONS}."
         )
+    if config.alora_invocation_tokens is not None:
+        raise ValueError(
+            f"`alora_invocation_tokens` of `{name}` is {config.alora_invocation_tokens}: PEFT looks for them in whole "
+            "sequences, which prior, posterior and decoder read in parts, so that the adapter would not be trained. Leave it out."
+        )
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    if 0 in alphas.values():
+        raise ValueError(f"`lora_alpha` of `{name}` is 0, {alphas}, which switches the adapter off: set it above 0.")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(
+            f"`lora_dropout` of `{name}` is {config.lora_dropout}, which lets nothing through to the adapter: set it to 0 or more, and "
+            "below 1."
+        )
 
 
 def _add_placeholder_row(peft_config, model):
@@ -163,8 +178,15 @@ def _add_placeholder_row(peft_config, model):
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
     head = output_embeddings(model.backbone)
+    tied = head.weight is table.weight
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    if tied and (saved := next((saved for saved in peft_config.modules_to_save if head_name.endswith(saved)), None)):
+        raise ValueError(
+            f"`modules_to_save` has {saved!r}, the output layer, whose weights are the embedding table's, too, and would not be any "
+            "more: leave it out. The row of `<latent>` is trained in any case."
+        )
     if saved := next((saved for saved in peft_config.modules_to_save if name.endswith(saved)), None):
-        if head.weight is table.weight:
+        if tied:
             raise ValueError(
                 f"`modules_to_save` has {saved!r}, the embedding table, whose weights are the output layer's, too, and would not be "
                 "any more: leave it out. The row of `<latent>` is trained in any case."
@@ -180,7 +202,7 @@ def _add_placeholder_row(peft_config, model):
         )
     # What PEFT 0.21 does to the table: it looks rows up itself, and multiplies by a tied head's weight itself.
     looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
-    multiplies = head.weight is not table.weight or (type(head) is nn.Linear and head.bias is None)
+    multiplies = not tied or (type(head) is nn.Linear and head.bias is None)
     # Nor does it bring the table together where an engine has shared it out.
     shared_out = is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if shared_out or not (looks_up and multiplies):
@@ -239,6 +261,15 @@ def _refuse_idle_layers(inner, adapter):
             f"`target_modules` of the adapter `{adapter}` adapts nothing in the language model, `{type(language).__name__}`, which "
             "has to learn to use the latents: name its layers, `['q_proj', 'v_proj']` say, or take 'all-linear'."
         )
+
+
+def _refuse_unmergeable(inner, adapter):
+    for name, layer in inner.named_modules():
+        if isinstance(layer, LoraLayer) and layer.lora_bias.get(adapter) and layer.get_base_layer().bias is None:
+            raise ValueError(
+                f"`lora_bias=True` of the adapter `{adapter}`, but `{name}` has no bias to merge it into: set it to `False`, or take "
+                "such layers out of `target_modules`."
+            )
 
 
 def _name_base(config, inner):

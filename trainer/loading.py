@@ -18,10 +18,13 @@ from .collator import AMVLDataCollator
 from .data.lengths import token_lengths
 from .data.skipping import CountingCollator, NumberedCollator, NumberedRows, good_rows
 from .data.step_batches import BY_LENGTH, step_batches
-from .data.stream_batches import StreamBatches
+from .data.stream_batches import EvenBatch, StreamBatches
 
 
 logger = logging.getLogger(__name__)
+
+# How an error calls the rows, by transformers' key of their data loader.
+NAMES = {"eval": "eval_dataset", None: "test_dataset"}
 
 
 class LoadingMixin:
@@ -38,8 +41,16 @@ class LoadingMixin:
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         is_stream = isinstance(dataset, datasets.IterableDataset)
+        name = "train_dataset" if is_training else NAMES.get(dataloader_key, dataloader_key)
         if not (is_training or is_stream):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            if isinstance(dataset, datasets.Dataset):
+                dataset = self._remove_unused_columns(dataset, description)
+            rows, collator = NumberedRows(dataset), self.data_collator
+            self.data_collator = NumberedCollator(collator, name)  # which transformers hands to its loader
+            try:
+                return super()._get_dataloader(rows, description, batch_size, sampler_fn, is_training, dataloader_key)
+            finally:
+                self.data_collator = collator
         args = self.args
         num_batches = args.gradient_accumulation_steps if is_training else 1
         # Without the processes that share a batch, of tensor or sequence parallelism.
@@ -55,15 +66,17 @@ class LoadingMixin:
             if is_shard:
                 dataset, num_ranks, rank = dataset.shard(num_ranks, rank), 1, 0
             drop_last = is_shard or is_training and args.dataloader_drop_last
-            choose = iter
             if is_training and args.on_bad_row == "skip":
                 choose = functools.partial(good_rows, collator=collate, most_in_a_row=args.max_skips_in_a_row)
                 collate = CountingCollator(collate)
+            else:
+                choose, collate = enumerate, NumberedCollator(collate, name)
             rows = StreamBatches(dataset, batch_size, num_batches, num_ranks, rank, drop_last, not is_training, choose)
             settings = {"batch_size": None, "collate_fn": functools.partial(_collate, collate)}
         else:
             rows = NumberedRows(self._remove_unused_columns(dataset, description))
-            collate = NumberedCollator(self.data_collator, rows, args.on_bad_row == "skip", args.max_skips_in_a_row)
+            others = rows if args.on_bad_row == "skip" else None
+            collate = NumberedCollator(self.data_collator, name, others, args.max_skips_in_a_row)
             lengths = self._lengths_of(dataset) if args.train_sampling_strategy in BY_LENGTH else None
             batches = step_batches(
                 args.train_sampling_strategy,
@@ -179,8 +192,9 @@ class LoadingMixin:
 
 
 def _collate(collator, rows):
-    """An empty batch for one that a resumed run skips."""
-    return collator(rows) if rows else {}
+    """An empty batch for one that a resumed run skips; with `num_own_rows` where others fill it up."""
+    batch = collator(rows) if rows else {}
+    return batch | {"num_own_rows": rows.num_own} if isinstance(rows, EvenBatch) else batch
 
 
 def check_loading(args, dataset):
@@ -205,6 +219,8 @@ def check_loading(args, dataset):
             "divide `per_device_train_batch_size` by the number of processes."
         )
     if not isinstance(dataset, datasets.IterableDataset):
+        if isinstance(dataset, datasets.Dataset) and not len(dataset):
+            raise ValueError("`train_dataset` has no rows: look at how it was filtered, and at the name of its split.")
         if args.shard_stream:
             raise ValueError("`shard_stream=True`, but `train_dataset` is no stream: set it to `False`.")
         return

@@ -10,10 +10,16 @@ from .objective import latent_statistics
 class RecordingMixin:
     """Of a trainer: running means of the terms and of the latents, see [`AMVLSFTTrainer`] for what is logged."""
 
+    _own_rows_of_stream = None  # of the evaluation's batch; a dataset's are counted by accelerate
+
     def _num_own_rows(self, num_rows):
         """Rows of a batch that are not there to fill up the last one of an evaluation, which several processes share."""
         state = self.accelerator.gradient_state
-        if self.model.training or self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.model.training or self.args.world_size == 1:
+            return num_rows
+        if self._own_rows_of_stream is not None:
+            return self._own_rows_of_stream
+        if not state.end_of_dataloader or state.remainder <= 0:
             return num_rows
         return min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows)
 

@@ -64,6 +64,7 @@ def self_test(model, inputs, forward=None):
         [`SelfTestReport`].
 
     Raises:
+        FloatingPointError: the full plan gives what is not finite, with which nothing can be compared.
         torch.OutOfMemoryError: three full forwards do not fit where the shared plan does.
     """
     start = time.perf_counter()
@@ -88,6 +89,8 @@ def self_test(model, inputs, forward=None):
         except Exception as error:
             report.failed.append(f"the shared plan raised {type(error).__name__}: {error}")
             got = {}
+    if names := [f"`{name}`" for name, value in expected.items() if not value.isfinite().all()]:
+        raise FloatingPointError(f"under the full plan, {', '.join(names)} of this batch are not finite.")
     for name in ("loss", "prior", "posterior", "gradient"):
         if name in got:
             report.tolerances[name] = tolerances[name]

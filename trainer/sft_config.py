@@ -1,5 +1,6 @@
 """Settings of AMVL training."""
 
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -154,16 +155,26 @@ class AMVLSFTConfig(SFTConfig):
     def __repr__(self):
         return str(self)  # which hides `hub_token`; a dataclass makes one that shows it
 
+    def _uses_fsdp(self):
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
     def _join_cpu_ranks(self):
         """Without an accelerator, accelerate would take each of the processes that it launched for a run of its own."""
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if self._uses_fsdp():
             raise ValueError(
                 "FSDP needs accelerators, and this machine has none, so that each process would train a model of its own: take "
                 "`recipes/accelerate/ddp.yaml` or `zero3.yaml` here."
             )
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             PartialState(backend="gloo")
-            self.accelerator_config = {**(self.accelerator_config or {}), "use_configured_state": True}
+            given = self.accelerator_config or {}
+            if isinstance(given, str) and given.startswith("{"):
+                given = json.loads(given)
+            if not isinstance(given, dict):
+                raise ValueError(
+                    f"`accelerator_config` is {given!r}: without an accelerator, DeepSpeed takes a `dict` of settings here."
+                )
+            self.accelerator_config = {**given, "use_configured_state": True}
         else:
             self.use_cpu = True
 
@@ -171,7 +182,11 @@ class AMVLSFTConfig(SFTConfig):
         if "RANK" in os.environ and not torch.accelerator.is_available() and PartialState._shared_state == {}:
             self._join_cpu_ranks()
         super().__post_init__()
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if self._uses_fsdp():
+            version = self.fsdp_plugin_args["fsdp_version"] if self.fsdp else os.environ.get("FSDP_VERSION", "1")
+            if int(version) == 1:
+                raise ValueError("`fsdp_version` is 1, which AMVL does not save and run in stages under: set it to 2.")
+            os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate does, later
             # Otherwise each GPU would add up the gradients of a step's batches whole.
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
             self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True, **given}

@@ -129,16 +129,27 @@ class AMVLSFTTrainer(
         if args.freeze_vision:
             self._freeze_vision(model, peft_config)
         embedding_norm = amvl_model(model).typical_embedding_norm()
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        rows = train_dataset
+        if isinstance(
+            rows, Dataset
+        ):  # TRL looks at a row for its columns: the first may be one that cannot be decoded
+            train_dataset = Dataset.from_list([dict.fromkeys(rows.column_names)])
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        except StopIteration:
+            raise ValueError(
+                "`train_dataset` is a stream without rows: look at how it is filtered, and at its files."
+            ) from None
+        self.train_dataset = rows
         if isinstance(self.model, PeftModel):
             self._settle_adapter()
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
@@ -345,7 +356,9 @@ class AMVLSFTTrainer(
         try:
             report = self_test(model, inputs, forward=self.model)
             full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
-        except Exception as error:  # of the full plan, out of memory most likely, which the run itself may not need
+        except (
+            Exception
+        ) as error:  # of the full plan: a batch that is not finite, or memory that the run itself may not need
             unchecked = f"{type(error).__name__}: {error}"
         if self.args.world_size > 1:  # every process has to take the same plan
             found = [None] * self.args.world_size
@@ -353,9 +366,9 @@ class AMVLSFTTrainer(
             unchecked, full_failed, failed = ("; ".join(filter(None, messages)) for messages in zip(*found))
         if unchecked:
             logger.warning(
-                "The self-test could not run three full forwards, so that the plan in use goes on unchecked: %s. Try a "
-                "smaller `per_device_train_batch_size`, or set `self_test=False`.",
-                unchecked,
+                "The self-test could not compare the plan in use with three full forwards, so that it goes on unchecked: %s If memory "
+                "ran out, try a smaller `per_device_train_batch_size`, or set `self_test=False`.",
+                f"{unchecked.removesuffix('.')}.",
             )
             return
         if full_failed:
@@ -383,7 +396,8 @@ class AMVLSFTTrainer(
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.is_in_train:
             self._go_on_together()  # a signal does not wait for the end of the evaluation
-        inputs = self._prepare_inputs(inputs)
+        inputs = dict(self._prepare_inputs(inputs))
+        self._own_rows_of_stream = inputs.pop("num_own_rows", None)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -431,6 +445,7 @@ class AMVLSFTTrainer(
             datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
             data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
             is_adapter=isinstance(self.model, PeftModel) and not is_merged,
+            base_revision=amvl_model(self.model).base_commit,
         )
         card.save(str(Path(folder) / "README.md"))
 

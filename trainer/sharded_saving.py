@@ -23,7 +23,7 @@ ZERO_TAG = "latest"  # the file that names DeepSpeed's last states
 class ShardedSavingMixin:
     """Of a trainer: the end of a run is a whole model under every engine; a checkpoint is one where the engine is set so."""
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir, _internal_call):
         """Into a checkpoint, while one is written; [`CheckpointMixin`] sends all else to `save_whole_model`."""
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             self._save(output_dir, self._trained_weights())
@@ -105,10 +105,13 @@ def consolidate(checkpoint, output_dir, dtype="auto"):
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists():
         raise ValueError(f"`output_dir` `{output_dir}` is there already: name a new folder.")
+    if (checkpoint / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`{checkpoint}` holds an adapter, which is whole: load it as its README.md says, or make one model of it and its base "
+            "with `trainer.adapters.merge_adapter`."
+        )
     if not (checkpoint / "config.json").is_file():
-        adapter = (checkpoint / "adapter_config.json").is_file()
-        why = "holds an adapter, which is whole" if adapter else "is no checkpoint of an AMVL model"
-        raise ValueError(f"`{checkpoint}` {why}: give a `checkpoint-N` folder of a run that trained the whole model.")
+        raise ValueError(f"`{checkpoint}` is no checkpoint of an AMVL model: give a `checkpoint-N` folder.")
     config = AMVLConfig.from_pretrained(checkpoint)
     if dtype == "auto":
         dtype = config.dtype or torch.float32
@@ -116,17 +119,19 @@ def consolidate(checkpoint, output_dir, dtype="auto"):
         raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
     else:
         dtype = getattr(torch, dtype)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
     state_dict = read_shards(checkpoint)
-    config.dtype = dtype
     with torch.device("meta"):
-        model = AMVLForConditionalGeneration(config)
+        model = AMVLForConditionalGeneration(config).to(dtype)
     state_dict = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in without_copies(state_dict, model).items()
     }
-    missing = {name for name, _ in model.named_parameters()} - state_dict.keys()
+    missing = sorted({name for name, _ in model.named_parameters()} - state_dict.keys())
     if missing:
-        raise ValueError(f"`{checkpoint}` lacks {sorted(missing)}: it was not written to its end.")
+        raise ValueError(
+            f"`{checkpoint}` lacks {len(missing)} weights, {missing[:3]} say: it was not written to its end."
+        )
     part = Path(tempfile.mkdtemp(prefix=f"{output_dir.name}.", dir=output_dir.parent))
     try:
         model.save_pretrained(part, state_dict=state_dict)

@@ -20,7 +20,8 @@ class _StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *gradients
 
 
 def rest_of(pairs):
@@ -41,15 +42,22 @@ def rest_of(pairs):
 
 
 def nodes_below(roots):
-    """The nodes of the graph of some tensors, without those that collect the gradients of leaves."""
+    """The nodes of the graph of some tensors, without those that several stages may pass: leaves', and casts of leaves."""
     found, waiting = set(), [root.grad_fn for root in roots if root.grad_fn is not None]
     while waiting:
         node = waiting.pop()
-        if node in found or hasattr(node, "variable"):
+        if node in found or _is_of_leaf(node):
             continue
         found.add(node)
         waiting += [following for following, _ in node.next_functions if following is not None]
     return found
+
+
+def _is_of_leaf(node):
+    """Whether a node collects a leaf's gradient, or casts a leaf, which saves nothing: autocast keeps one cast for all branches."""
+    below = [following for following, _ in node.next_functions if following is not None]
+    is_cast = node.name() == "ToCopyBackward0" and all(hasattr(following, "variable") for following in below)
+    return hasattr(node, "variable") or is_cast
 
 
 def stages_are_apart(outputs):
@@ -105,24 +113,29 @@ class StagedBackwardMixin:
     _stages_are_apart = None  # not known before the first step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        steps_in_backward = any(word in str(self.args.optim) for word in ("lomo", "layerwise"))
-        alone = not self.is_deepspeed_enabled and self.args.world_size == 1 and self.args.n_gpu <= 1
-        zero2 = self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage < 3
-        engine_allows = alone or zero2 or self.is_fsdp_enabled
-        adapts = isinstance(self.model, PeftModel)
-        self._in_stages = (
-            engine_allows and not adapts and not steps_in_backward and self._stages_are_apart is not False
-        )
+        self._in_stages = self._allows_stages() and self._stages_are_apart is not False
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_stages = False
 
+    def _allows_stages(self):
+        steps_in_backward = any(word in self.args.optim.value for word in ("lomo", "layerwise"))
+        if steps_in_backward or isinstance(self.model, PeftModel):
+            return False
+        if self.is_deepspeed_enabled:
+            return self.accelerator.deepspeed_plugin.zero_stage < 3
+        return self.is_fsdp_enabled or (self.args.world_size == 1 and self.args.n_gpu <= 1)
+
     def _forward(self, model, **inputs):
-        outputs = model(**inputs, in_stages=self._in_stages)
+        stages = (
+            {"in_stages": True} if self._in_stages else {}
+        )  # which remote code of an earlier release does not know
+        outputs = model(**inputs, **stages)
         if self._in_stages and self._stages_are_apart is None:
             self._stages_are_apart = stages_are_apart(outputs)
             if outputs.get("cuts") is not None and not self._stages_are_apart:
+                outputs = None  # before another forward takes as much
                 outputs = model(**inputs)
         return outputs
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,11 +186,16 @@ def test_an_engine_resumes_exactly_and_its_checkpoint_becomes_one_model(run, fol
     assert {path.name for path in consolidated.glob("*_amvl.py")} == {path.name for path in whole.glob("*_amvl.py")}
     assert (consolidated / "modeling_amvl.py").exists() and (consolidated / "processing_amvl.py").exists()
     config = json.loads((consolidated / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    if engine != "ddp":
+        smaller = consolidate(whole / "checkpoint-3", folder / "new" / f"{engine}-bf16", "bfloat16")
+        assert json.loads((smaller / "config.json").read_text())["dtype"] == "bfloat16"
+        assert all(weight.dtype == torch.bfloat16 for weight in load_file(smaller / "model.safetensors").values())
     assert config["architectures"] == ["AMVLForConditionalGeneration"]
 
 
 # Of SLURM: the name of the first node, and a task on each of two, which are processes of this machine here.
-SCONTROL = "#!/bin/sh\necho localhost\n"
+SCONTROL = '#!/bin/sh\necho localhost\n[ -z "$TOLD" ] || echo "$@" >> "$TOLD"\n'
 SRUN = """#!/bin/sh
 shift
 SLURM_NODEID=1 "$@" &
@@ -197,15 +203,26 @@ SLURM_NODEID=0 "$@" && wait $!
 """
 
 
-def test_a_job_of_slurm_joins_its_machines(run, start, folder):
-    tools = folder / "tools"
-    tools.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    output = folder / "slurm"
-    words = ["bash", "recipes/slurm/sft_amvl.sbatch", "ddp", str(folder / "config.yaml"), "--output_dir", str(output)]
-    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+def tools_of_slurm(folder, srun):
+    """A `PATH` with them before what this Python comes with."""
+    folder.mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", srun)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def test_an_evaluation_of_a_stream_counts_no_row_twice(run):
+    """Five rows, of which two processes take batches of two."""
+    streams = ("--dataset_streaming", "true")
+    assert_same_logs(run("ddp", *streams), run("single", *streams))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_job_of_slurm_joins_its_machines(run, start, folder, engine):
+    path = tools_of_slurm(folder / f"tools-{engine}", SRUN)
+    output = folder / f"slurm-{engine}"
+    words = ["bash", "recipes/slurm/sft_amvl.sbatch", engine, str(folder / "config.yaml"), "--output_dir", str(output)]
     slurm = {
         "SLURM_JOB_NODELIST": "two",
         "SLURM_NNODES": "2",
@@ -220,9 +237,30 @@ def test_a_job_of_slurm_joins_its_machines(run, start, folder):
     assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
 
 
-def test_fsdp_without_accelerators_is_refused_before_anything_is_loaded(folder):
-    code = "from trainer import AMVLSFTConfig; AMVLSFTConfig('out', bf16=False)"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    environment["ACCELERATE_USE_FSDP"] = "true"
-    process = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert process.returncode != 0 and "FSDP needs accelerators" in process.stderr
+@pytest.mark.parametrize(("left", "queued_again"), [(60, True), (3600, False)])
+def test_a_job_of_slurm_that_runs_out_of_time_is_queued_again(tmp_path, left, queued_again):
+    path = tools_of_slurm(tmp_path / "tools", "#!/bin/sh\nexit 1\n")
+    slurm = {"SLURM_JOB_NODELIST": "one", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "PATH": path}
+    slurm |= {"SLURM_JOB_END_TIME": str(int(time.time()) + left), "TOLD": str(tmp_path / "told")}
+    words = ["bash", "recipes/slurm/sft_amvl.sbatch", "ddp", "config.yaml"]
+    process = subprocess.run(words, cwd=REPOSITORY, env=os.environ | slurm, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert ("requeue 7" in (tmp_path / "told").read_text()) == queued_again
+
+
+@pytest.mark.parametrize(
+    ("settings", "launched", "message"),
+    [
+        ("", {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP needs accelerators"),
+        (", fsdp=True", {"RANK": "0", "WORLD_SIZE": "2"}, "FSDP needs accelerators"),
+        (", fsdp=True, fsdp_config={'version': 1}", {}, "`fsdp_version` is 1"),
+        ("", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp_version` is 1"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused_before_anything_is_loaded(tmp_path, settings, launched, message):
+    code = f"from trainer import AMVLSFTConfig; AMVLSFTConfig('out', bf16=False{settings})"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | launched
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode != 0 and message in process.stderr

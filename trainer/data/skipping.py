@@ -21,15 +21,15 @@ class NumberedRows(torch.utils.data.Dataset):
 
 class NumberedCollator:
     """
-    Collates what [`NumberedRows`] gives.
+    Collates rows that come with their numbers, as [`NumberedRows`] gives them.
 
     Whichever process fetches a bad row, the row that takes its place is the same: the next one that can be collated.
 
     Args:
         collator (`Callable`): of rows.
-        rows ([`NumberedRows`]): to take others from.
-        skip (`bool`): `False` raises instead, with the row's number.
-        most_in_a_row (`int`): bad rows that may follow each other.
+        name (`str`): how an error calls the dataset.
+        others ([`NumberedRows`], *optional*): to take another row from in place of a bad one; by default that raises.
+        most_in_a_row (`int`, defaults to 0): bad rows that may follow each other.
 
     Returns:
         `dict`: the collator's batch, with `skipped_rows`, a list of numbers and reasons, if there were any.
@@ -38,8 +38,8 @@ class NumberedCollator:
         ValueError: a bad row, or too many in a row.
     """
 
-    def __init__(self, collator, rows, skip, most_in_a_row):
-        self.collator, self.rows, self.skip, self.most_in_a_row = collator, rows, skip, most_in_a_row
+    def __init__(self, collator, name, others=None, most_in_a_row=0):
+        self.collator, self.name, self.others, self.most_in_a_row = collator, name, others, most_in_a_row
 
     def __call__(self, items):
         if not any(isinstance(row, Exception) for _, row in items):
@@ -56,13 +56,15 @@ class NumberedCollator:
             error = why_bad(row, self.collator)
             if error is None:
                 return row
-            if not self.skip:
+            if self.others is None:
+                use, remedy = "evaluated on", ""
+                if self.name == "train_dataset":
+                    use, remedy = "trained on", ", or set `on_bad_row='skip'`"
                 raise ValueError(
-                    f"Row {index} of `train_dataset` cannot be trained on: {error} Repair or drop it, or set "
-                    "`on_bad_row='skip'`."
+                    f"Row {index} of `{self.name}` cannot be {use}: {error} Repair or drop it{remedy}."
                 ) from error
             skipped.append((int(index), str(error)))
-            index, row = self.rows[(index + 1) % len(self.rows)]
+            index, row = self.others[(index + 1) % len(self.others)]
         raise too_many(self.most_in_a_row, error)
 
 
@@ -76,21 +78,28 @@ def good_rows(rows, collator, most_in_a_row):
         most_in_a_row (`int`): bad rows that may follow each other.
 
     Yields:
-        `dict`: a row; with `skipped_rows`, numbers and reasons of the bad ones before it, if there were any.
+        `dict`: a row; with `skipped_rows`, numbers and reasons of the bad ones before it, and after the last, if there were any.
 
     Raises:
-        ValueError: too many in a row.
+        ValueError: too many in a row, or no good one.
     """
-    skipped = []
+    held, skipped = None, []
     for number, row in enumerate(rows):
         error = why_bad(row, collator)
         if error is None:
-            yield row | {"skipped_rows": skipped} if skipped else row
-            skipped = []
+            if held is not None:
+                yield held
+            held, skipped = row | {"skipped_rows": skipped} if skipped else row, []
             continue
         skipped.append((number, str(error)))
         if len(skipped) > most_in_a_row:
             raise too_many(most_in_a_row, error)
+    if held is not None:
+        yield held | {"skipped_rows": held.get("skipped_rows", []) + skipped} if skipped else held
+    elif skipped:
+        raise ValueError(
+            f"None of the {len(skipped)} rows of the stream can be trained on, the last one: {skipped[-1][1]} Is it the right dataset?"
+        )
 
 
 class CountingCollator:

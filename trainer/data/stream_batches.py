@@ -60,12 +60,30 @@ class StreamBatches(IterableDataset):
         rows_left = self.choose(self._rows())
         while rows := list(islice(rows_left, self.rows_per_step)):
             if len(rows) == self.rows_per_step or not self.drop_last:
-                yield from split_step(rows, self.num_groups, self.even)[self.rank :: self.num_ranks]
+                groups = split_step(rows, self.num_groups, self.even)
+                if self.even:
+                    groups = with_own(groups, len(rows))
+                yield from groups[self.rank :: self.num_ranks]
 
     def _rows(self):
         # `iter(stream)` would give a worker of a data loader some shards only.
         for columns in self.stream.iter(READ_AT_ONCE):
             yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
+
+
+class EvenBatch(list):
+    """Rows of which the first `num_own` are not there to fill the batch up."""
+
+    num_own = None
+
+
+def with_own(groups, num_rows):
+    """Groups of a step as [`EvenBatch`], of whose rows the first `num_rows` are its own."""
+    batches, start = [EvenBatch(group) for group in groups], 0
+    for batch in batches:
+        batch.num_own = min(max(num_rows - start, 0), len(batch))
+        start += len(batch)
+    return batches
 
 
 def undecoded(stream):

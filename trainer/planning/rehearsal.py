@@ -118,6 +118,7 @@ def run_step(model, inputs, mixed=False, decode_prior=True, in_stages=False):
     )
     if output.get("cuts") is not None:
         loss = run_stages(terms, output["cuts"], torch.Tensor.backward)
+    del output, terms  # as the trainer has let them go by now
     loss.backward()
 
 
