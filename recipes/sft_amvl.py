@@ -273,8 +273,7 @@ def main(arguments, training_args, model_config):
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
         unset_hf_deepspeed_config()  # this process alone loads the base again, as a whole
-        quantized = {"quantization_config": get_quantization_config(model_config)}
-        merge_adapter(training_args.output_dir, folder, **(quantized if quantized["quantization_config"] else {}))
+        merge_adapter(training_args.output_dir, folder, quantization_config=get_quantization_config(model_config))
         trainer.create_model_card(dataset_name=dataset_name)
         trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
         if training_args.push_to_hub:

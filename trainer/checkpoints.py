@@ -123,8 +123,9 @@ class CheckpointMixin:
             if self._alone and not self.args.should_save:
                 write(str(folder))  # has nothing to write, but may have to take part
                 return
-            move = lambda: replace_files(staged, folder)  # noqa: E731
-            failure = self._write(staged, lambda: write(str(staged)), move, self._num_bytes())
+            failure = self._write(
+                staged, lambda: write(str(staged)), lambda: replace_files(staged, folder), self._num_bytes()
+            )
         finally:
             self._alone = False
         if failure is not None:

@@ -155,8 +155,6 @@ class LoadingMixin:
                     steps_per_epoch,
                     num_update_steps_per_epoch,
                 )
-        elif self.state.global_step >= max_steps:  # transformers would train on, for one step
-            return num_train_epochs, 0
         elif num_batches:
             # Of a stream, transformers counts max_steps as one epoch: pass + steps of the pass / max_steps.
             epochs = math.ceil(saved.epoch) - 1

@@ -12,10 +12,8 @@ from .hub import WEIGHTS
 from .resuming import REPLACED, STAGING, saved_at
 
 
-WRITTEN, MOVING = (
-    "written",
-    "moving",
-)  # folders in `_unfinished`: a whole model, and one of which files are moved already
+# Folders in `_unfinished`: a whole model, and one of which files are moved already.
+WRITTEN, MOVING = "written", "moving"
 
 
 def flush(path):

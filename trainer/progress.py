@@ -123,8 +123,7 @@ class ProgressMixin:
             self._evaluation_due = progress.get("evaluation_due", False)
             self._run = progress.get("run")
         for entry in self.state.log_history:  # for the card, where none is made any more
-            if "eval_nll_prior" in entry:
-                self._last_evaluation = {key: value for key, value in entry.items() if isinstance(value, float)}
+            self._note_evaluation(entry)
         self._window = self._progress()
 
     def _run_epoch(self, *args, **kwargs):
@@ -170,7 +169,6 @@ class ProgressMixin:
         if self._states_before_evaluation is not None:
             set_random_states(self._states_before_evaluation)
             self._states_before_evaluation = None
-            self._reshard()
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is told

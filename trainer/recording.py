@@ -71,5 +71,9 @@ class RecordingMixin:
             self._metrics[mode][name] = [value / weight]
         self._totals[mode].clear()
         super().log(logs, start_time)
-        if "eval_nll_prior" in logs:  # and not the summary of a run that ends with an evaluation
+        self._note_evaluation(logs)
+
+    def _note_evaluation(self, logs):
+        """For the card: an evaluation's logs, and not the summary of a run that ends with one."""
+        if "eval_nll_prior" in logs:
             self._last_evaluation = {key: value for key, value in logs.items() if isinstance(value, float)}

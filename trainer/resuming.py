@@ -33,9 +33,8 @@ def resolve_checkpoint(asked, output_dir):
     The checkpoint that `resume_from_checkpoint` names.
 
     Args:
-        asked (`bool`, `str` or `Path`, *optional*): `True` or `"true"` for the last whole one of the
-            newest run in `output_dir`; `"auto"` for that
-            one, if there is any; or a folder.
+        asked (`bool`, `str` or `Path`, *optional*): `True` or `"true"` for the last whole one of the newest run in `output_dir`;
+            `"auto"` for that one, if there is any; or a folder.
         output_dir (`str` or `Path`): of the run.
 
     Returns:

@@ -356,9 +356,7 @@ class AMVLSFTTrainer(
         try:
             report = self_test(model, inputs, forward=self.model)
             full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
-        except (
-            Exception
-        ) as error:  # of the full plan: a batch that is not finite, or memory that the run itself may not need
+        except Exception as error:  # a batch that is not finite, or memory for the full plan that the run may not need
             unchecked = f"{type(error).__name__}: {error}"
         if self.args.world_size > 1:  # every process has to take the same plan
             found = [None] * self.args.world_size

@@ -60,31 +60,22 @@ class ShardedSavingMixin:
 
     def _trained_weights(self):
         """What is trained, whole: an adapter, without the backbone that it stands on."""
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        return {name: value.full_tensor().detach().cpu() for name, value in trained.items()}
-
-    def evaluation_loop(self, *args, **kwargs):
-        output = super().evaluation_loop(*args, **kwargs)
-        self._reshard()
-        return output
-
-    def _reshard(self):
-        # What is outside of layers FSDP2 leaves together after a forward, for a backward pass that does not come; a checkpoint of an
-        # adapter would be written from memory that it takes back.
+        # What is outside of layers FSDP2 leaves together after a forward without a backward pass, an evaluation's: a checkpoint would be
+        # written from memory that it takes back.
         for module in self.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return {name: value.full_tensor().detach().cpu() for name, value in trained.items()}
 
 
 def without_copies(state_dict, model):
     """A state dict with each parameter once: an engine that gathers shards makes copies of tied ones, which would all be written."""
-    seen = {}
+    first, copies = {}, set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in state_dict:
-            seen.setdefault(id(parameter), name)
-    kept = set(seen.values())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - kept
-    return {name: value for name, value in state_dict.items() if name not in tied}
+        if name in state_dict and first.setdefault(id(parameter), name) != name:
+            copies.add(name)
+    return {name: value for name, value in state_dict.items() if name not in copies}
 
 
 def consolidate(checkpoint, output_dir, dtype="auto"):

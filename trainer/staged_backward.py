@@ -105,8 +105,8 @@ class StagedBackwardMixin:
     Of a trainer: `training_step` runs the backward pass in stages where weights are trained whole.
 
     Not with an adapter, whose gradients are small; not under DDP and ZeRO-3, which take one backward pass for each forward; not with
-    optimisers that step within the backward pass; and not on a backbone whose branches read more of the prompt than its cache, which the first step
-    finds out.
+    optimisers that step within the backward pass; and not on a backbone whose branches read more of the prompt than its cache, which
+    the first step finds out.
     """
 
     _in_stages = False
@@ -128,9 +128,8 @@ class StagedBackwardMixin:
         return self.is_fsdp_enabled or (self.args.world_size == 1 and self.args.n_gpu <= 1)
 
     def _forward(self, model, **inputs):
-        stages = (
-            {"in_stages": True} if self._in_stages else {}
-        )  # which remote code of an earlier release does not know
+        # Not passed otherwise: remote code of an earlier release does not know it.
+        stages = {"in_stages": True} if self._in_stages else {}
         outputs = model(**inputs, **stages)
         if self._in_stages and self._stages_are_apart is None:
             self._stages_are_apart = stages_are_apart(outputs)
