@@ -38,9 +38,12 @@ class StreamBatches(IterableDataset):
         self.drop_last, self.even, self.choose = drop_last, even, choose
         # Pass; the pass that a resumed run goes on in, and its batches that are done. Workers that persist see it change.
         self._place = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch):
         self._place[0] = epoch
+        # Here and not in each worker: `datasets` adds the difference in memory that workers share, and two at a time add it twice.
+        self.stream.set_epoch(epoch)
 
     def skip(self, epoch, num_batches):
         """Gives, in one pass, so many empty lists in place of its first batches."""
@@ -51,7 +54,6 @@ class StreamBatches(IterableDataset):
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         epoch, resumed_epoch, num_skipped = self._place.tolist()
         num_skipped = num_skipped if epoch == resumed_epoch else 0
-        self.stream.set_epoch(epoch)
         for number, batch in enumerate(self._batches()):
             if number % step == first:
                 yield [] if number < num_skipped else batch
