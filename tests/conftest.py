@@ -22,6 +22,8 @@ os.environ.update(
     WANDB_MODE="disabled",
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
+    # DeepSpeed compiles into it; in the home folder a run that was killed meanwhile leaves a lock there, for which all others wait.
+    TORCH_EXTENSIONS_DIR=str(SCRATCH / "torch_extensions"),
     OMP_NUM_THREADS="1",  # one thread per worker: `-n 2` fills two cores
 )
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tolerances are those of a CPU; set it to test on a GPU
