@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -25,6 +26,7 @@ from tiny import build_tiny_backbone
 from transformers.cli.serving.model_manager import ModelManager
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl.generation_amvl import LatentDecodingMixin
 from trainer.base import add_latents
 from trainer.data.color_steps import build_color_steps
 from trainer.serving import build_app, serve
@@ -65,7 +67,8 @@ def images():
 @pytest.fixture(scope="module")
 def server(folder):
     """Address and first lines of the command, which SIGTERM ends with a clean word."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(REPOSITORY / "recipes" / "serve_amvl.py"), str(folder)]
     command += ["--port", "0", "--device", "cpu", "--max_request_mib", "1"]
     log = folder.with_name("log")
@@ -441,16 +444,34 @@ def test_the_proof_fails_where_the_latents_say_nothing(here):
 
 
 def test_the_proof_fails_where_the_latents_are_skipped(here, monkeypatch):
-    address, model = here
-    monkeypatch.setattr(type(model.backbone), "_prefill", None, raising=False)
-    monkeypatch.setattr(
-        "modeling_amvl.generation_amvl.LatentDecodingMixin._prefill",
-        lambda self, ids, config, kwargs, first=True: self(
-            input_ids=ids, return_dict=True, **{key: kwargs[key] for key in ("past_key_values", "pixel_values")}
-        ),
-    )
+    address, _ = here
+
+    def stock(self, *arguments, **settings):
+        return super(LatentDecodingMixin, self)._prefill(*arguments, **settings)
+
+    monkeypatch.setattr(LatentDecodingMixin, "_prefill", stock)
     status, health = fetch(f"{address}/health/latents")
-    assert status == 503 and "No latent reached the decoder" in health["reason"]
+    assert status == 503 and health["latents"] == "off" and "No latent reached the decoder" in health["reason"]
+
+
+def test_an_answer_that_nobody_reads_is_given_up(here, images, monkeypatch):
+    address, model = here
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    generate, ends = model.generate, queue.Queue()
+
+    def noting(**settings):
+        try:
+            generate(**settings)
+        except Exception as error:
+            ends.put(type(error).__name__)
+            raise
+        ends.put("finished")
+
+    monkeypatch.setattr(model, "generate", noting)
+    stream = client.chat.completions.create(model=NAME, messages=ask_about(images[0]), stream=True, max_tokens=900)
+    next(iter(stream))
+    stream.close()
+    assert ends.get(timeout=60) == "_GenerationCancelled"
 
 
 def test_a_failing_model_is_a_sentence_and_not_a_stack_trace(here, images, monkeypatch):

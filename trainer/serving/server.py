@@ -292,8 +292,8 @@ def build_app(manager, latent_temperature=None):
         }
         try:
             proof = await state.get_manager(name).async_submit(prove_latents, model, processor)
-        except RuntimeError as error:
-            proof = {"are_on": False, "reason": str(error)}
+        except Exception as error:  # whatever it is, nothing is proved
+            proof = {"are_on": False, "reason": f"{type(error).__name__}: {error}"}
         are_on = proof.pop("are_on")
         return (200 if are_on else 503), {"latents": "on" if are_on else "off"} | body | proof
 
