@@ -3,8 +3,25 @@
     python recipes/serve_amvl.py amvl-demo --port 8000
     python recipes/serve_amvl.py you/amvl-smolvlm --revision 5c0ffee --dtype bfloat16 --latent_temperature 0.5
 
-It is transformers' own server, with this model behind `/v1/chat/completions`; images come as `data:image/...;base64,...`. It says
-at its start that the latents are on, `/health/latents` proves it at any time. Needs `pip install -e '.[serve]'`.
+It says at its start that the latents are on, and `/health/latents` proves it at any time. The client is OpenAI's own:
+
+    import base64
+    from openai import OpenAI
+
+    image = base64.b64encode(open("photo.png", "rb").read()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+        {"type": "text", "text": "2 steps from red?"},
+    ]
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    for chunk in client.chat.completions.create(
+        model="amvl-demo", messages=[{"role": "user", "content": content}], stream=True
+    ):
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+`temperature` (above 0: sampling), `top_p`, `seed`, `stop`, `max_tokens` and `frequency_penalty` are heard, and
+`extra_body={"latent_temperature": 0.5}`; an answer keeps the `stop` text that ended it. Anything else is refused, and so are addresses
+and files of images. One request is answered at a time, the others wait. Needs `pip install -e '.[serve]'`.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -160,6 +161,18 @@ def test_an_answer_is_that_of_generate(client, amvl, images, stream):
     answer, reason = ask(client, ask_about(images[0]), stream)
     assert answer == generated(amvl, [user(images[0])]) and len(answer.split()) > 3
     assert reason == "length"
+
+
+def test_the_example_of_the_recipe(server, amvl, images, tmp_path, monkeypatch, capsys):
+    docstring = (REPOSITORY / "recipes" / "serve_amvl.py").read_text(encoding="utf-8").split('"""')[1]
+    code = textwrap.dedent(docstring[docstring.index("    import base64") : docstring.index("`temperature`")])
+    for shown, there in (("http://127.0.0.1:8000", server[0]), ("stream=True", f"stream=True, max_tokens={LENGTH}")):
+        assert shown in code
+        code = code.replace(shown, there)
+    monkeypatch.chdir(tmp_path)
+    images[0].save("photo.png")
+    exec(code, {})
+    assert capsys.readouterr().out == generated(amvl, [user(images[0], text="2 steps from red?")])
 
 
 def test_a_jpeg_is_read_as_jpeg(client, amvl, images):
@@ -517,11 +530,13 @@ def test_a_stock_model_is_not_served(tmp_path):
     model, processor = build_tiny_backbone()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no AMVL processor"):
-        serve(str(tmp_path), port=0, device="cpu")
-    AMVLProcessor.from_backbone(processor).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a `llava` model.*from_backbone"):
-        serve(str(tmp_path), port=0, device="cpu")
+    with pytest.raises(ValueError, match=r"is a stock model, `llava`.*recipes/sft_amvl.py"):
+        serve(str(tmp_path), port=0)
+
+
+def test_a_checkpoint_that_is_not_there_is_not_served(tmp_path):
+    with pytest.raises(ValueError, match=r"`checkpoint` \(.*nothing\) has no configuration that can be read"):
+        serve(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -534,11 +549,12 @@ def test_a_bad_setting_is_refused_by_name(settings):
         serve("nothing is loaded", **settings)
 
 
-def test_a_port_in_use_is_a_sentence_before_anything_is_loaded():
+def test_a_port_in_use_is_a_sentence_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("trainer.serving.server.AMVLModelManager", None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(OSError, match=f"`port` {port} of `host` '127.0.0.1'.*choose another port"):
-            serve("nothing is loaded", port=port)
+            serve(str(folder), port=port)
 
 
 def test_a_server_of_another_shape_is_refused(folder, monkeypatch):

@@ -7,15 +7,17 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import socket
 import time
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_serve_available
 
-from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration, AMVLProcessor
 
 
 if not is_serve_available():
@@ -36,6 +38,8 @@ from transformers.cli.serving.utils import GenerationState, Modality
 from .proof import prove_latents
 from .requests import read_request
 
+
+logger = logging.getLogger(__name__)
 
 KEPT_ROUTES = {"/v1/chat/completions", "/health"}  # the others load other models, unload this one, or know no latents
 SECONDS_TO_STOP = 5  # for answers in progress, after SIGTERM or Ctrl-C
@@ -148,6 +152,13 @@ class AMVLChatHandler(ChatCompletionHandler):
             return await super().handle_request({"latent_temperature": self.latent_temperature} | request, request_id)
         except (ValueError, TemplateError) as error:  # templates raise on turns in an order that they do not know
             raise HTTPException(400, str(error)) from error
+        except HTTPException:
+            raise
+        except Exception as error:
+            logger.exception("A request failed.")
+            raise HTTPException(
+                500, f"The server failed with a `{type(error).__name__}`, its log says more."
+            ) from error
 
     def _resolve_model(self, body):
         model_id, model, processor = super()._resolve_model(body)
@@ -162,6 +173,24 @@ class AMVLChatHandler(ChatCompletionHandler):
     async def _non_streaming(self, request_id, model, processor, model_id, inputs, gen_config, **settings):
         model.settle(inputs, gen_config)
         return await super()._non_streaming(request_id, model, processor, model_id, inputs, gen_config, **settings)
+
+
+def refuse_other_checkpoint(checkpoint, revision=None):
+    """Raises where a checkpoint's configuration is not ours; reads no weights."""
+    try:
+        config, why = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)[0], "it names no `model_type`."
+    except (OSError, ValueError) as error:
+        config, why = {}, str(error)
+    if (model_type := config.get("model_type")) is None:
+        raise ValueError(
+            f"`checkpoint` ({checkpoint}) has no configuration that can be read: {why} Give a folder or Hub id that a run of "
+            "recipes/sft_amvl.py wrote."
+        )
+    if model_type != AMVLConfig.model_type:
+        raise ValueError(
+            f"`checkpoint` ({checkpoint}) is a stock model, `{model_type}`, and has no latents: train it with "
+            "recipes/sft_amvl.py, or serve it as it is with `transformers serve`."
+        )
 
 
 def refuse_untrained(model, checkpoint):
@@ -325,10 +354,6 @@ def build_app(manager, latent_temperature=None):
         problem = error.errors()[0]
         return error_body(f"The body must be a JSON object: {problem['msg']}.", 422)
 
-    @app.exception_handler(Exception)
-    async def fail(request, error):
-        return error_body(f"The server failed with a `{type(error).__name__}`, its log says more.", 500)
-
     return app, latents_health
 
 
@@ -366,6 +391,7 @@ def serve(
         raise ValueError(f"`max_request_mib` must be above 0, got {max_request_mib}.")
     if not 0 <= port < 2**16:
         raise ValueError(f"`port` must be from 0 to 65535, got {port}.")
+    refuse_other_checkpoint(checkpoint, revision)
     with bound_socket(host, port) as listener:  # before the model is loaded, which takes minutes
         manager = AMVLModelManager(
             checkpoint, revision, device=device, dtype=dtype, attn_implementation=attn_implementation
