@@ -30,7 +30,7 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.generation_amvl import LatentDecodingMixin
 from trainer.base import add_latents
 from trainer.data.color_steps import build_color_steps
-from trainer.serving import build_app, serve
+from trainer.serving import build_app, requests, serve
 from trainer.serving.server import AMVLModelManager
 
 
@@ -335,6 +335,7 @@ BAD = {
     "`top_p` of a greedy answer": ({"top_p": 0.5}, r"`top_p` is 0.5, but nothing is sampled"),
     "a seed that is no number": ({"seed": "x"}, r"`seed`.*'x'"),
     "a seed beyond torch's": ({"seed": 2**64}, r"`seed`"),
+    "five stops": ({"stop": list("abcde")}, r"`stop`.*at most 4"),
     "an empty stop": ({"stop": ""}, r"`stop.0`"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"`tools`"),
     "log-probabilities": ({"logprobs": True}, r"`logprobs`.*True"),
@@ -361,6 +362,15 @@ def test_a_bad_request_gets_a_sentence(client, name, stream):
     assert 400 <= raised.value.status_code < 500
     assert re.search(sentence, raised.value.body["message"]), raised.value.body
     assert len(raised.value.body["message"]) < 600 and "Traceback" not in raised.value.body["message"]
+
+
+def test_many_images_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(requests, "MAX_PIXELS", 2 * 72 * 72)
+    for number in (1, 2):
+        asked = about(RED)["messages"] * number
+        assert len(requests.read_request({"model": NAME, "messages": asked}).messages) == number
+    with pytest.raises(ValueError, match=r"`messages.2.content.0.image_url.url`.*more than 10368 pixels together"):
+        requests.read_request({"model": NAME, "messages": about(RED)["messages"] * 3})
 
 
 def test_no_file_of_the_server_is_read(client, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..data.images import check_image
+from ..data.images import MAX_PIXELS, check_image
 from ..data.rows import brief
 
 
@@ -19,12 +19,13 @@ MAX_COMPLETION_TOKENS = 2**20  # any model's window is checked besides
 SEEDS = 2**63  # what torch takes
 
 
-def read_data_url(url):
+def read_data_url(url, info):
     """
     The image that a `data:` URL holds, checked as images of training data are.
 
     Args:
         url (`str`): `data:image/png;base64,...`; nothing else is ever opened, neither an address nor a file of the server.
+        info (`pydantic.ValidationInfo`): its context counts the `pixels` of all images of the request.
 
     Returns:
         `PIL.Image.Image`.
@@ -41,7 +42,13 @@ def read_data_url(url):
         data = base64.b64decode("".join(url[header.end() :].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"the image's base64 is broken: {error}") from error
-    stored, _, _ = check_image({"bytes": data, "path": None}, repair=True)
+    stored, picture, _ = check_image({"bytes": data, "path": None}, repair=True)
+    width, height = picture.info["size"]
+    info.context["pixels"] += width * height
+    if info.context["pixels"] > MAX_PIXELS:
+        raise ValueError(
+            f"the images of this request have more than {MAX_PIXELS} pixels together; send fewer or smaller ones"
+        )
     return Image.open(io.BytesIO(stored["bytes"]))
 
 
@@ -88,6 +95,9 @@ class ResponseFormat(Part):
     type: Literal["text"]
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
+
+
 def as_list(stop):
     return [stop] if isinstance(stop, str) else stop
 
@@ -109,7 +119,9 @@ class ChatRequest(Part):
     top_p: float | None = Field(default=None, gt=0, le=1)
     frequency_penalty: float | None = Field(default=None, gt=-1, le=2)
     seed: int | None = Field(default=None, ge=-SEEDS, lt=SEEDS)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(as_list)] = None
+    stop: Annotated[list[StopText] | None, BeforeValidator(as_list), Field(max_length=4)] = (
+        None  # as many as OpenAI takes
+    )
     latent_temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     # What clients send by default; another value is refused.
     n: Literal[1] | None = None
@@ -140,7 +152,7 @@ def read_request(body):
         ValueError: what is wrong, in one sentence that names the field, the value and the remedy.
     """
     try:
-        return ChatRequest.model_validate(body)
+        return ChatRequest.model_validate(body, context={"pixels": 0})
     except ValidationError as error:
         raise ValueError(_sentence(error.errors(include_url=False))) from error
 
