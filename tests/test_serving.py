@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ import torch
 import uvicorn
 from PIL import Image
 from tiny import build_tiny_backbone
+from transformers import LlavaForConditionalGeneration
 from transformers.cli.serving.model_manager import ModelManager
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
@@ -576,7 +578,16 @@ def test_a_server_of_another_shape_is_refused(folder, monkeypatch):
         build_app(manager)
 
 
-def test_the_stock_server_does_not_know_our_class(folder):
-    """What README.md says of `transformers serve`."""
+def test_the_stock_server_does_not_know_our_class(folder, tmp_path):
+    """What README.md says of `transformers serve`: an error, or the stock class under a stock class's name."""
+    stock = {"trust_remote_code": True, "device": "cpu"}
     with pytest.raises(AttributeError, match="has no attribute AMVLForConditionalGeneration"):
-        ModelManager(force_model=str(folder), trust_remote_code=True, device="cpu")
+        ModelManager(force_model=str(folder), **stock)
+    renamed = shutil.copytree(folder, tmp_path / NAME)
+    config = json.loads((renamed / "config.json").read_text())
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    (renamed / "config.json").write_text(json.dumps(config))
+    (served,) = ModelManager(force_model=str(renamed), **stock).loaded_models.values()
+    assert isinstance(served.model, LlavaForConditionalGeneration)
+    (served,) = AMVLModelManager(str(renamed), device="cpu").loaded_models.values()
+    assert isinstance(served.model, AMVLForConditionalGeneration)
