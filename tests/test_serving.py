@@ -1,6 +1,7 @@
 """The server, as clients meet it: the real command on a real socket, asked by the stock `openai` client."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -444,18 +445,39 @@ def test_a_route_proves_it(server, client):
         client.models.retrieve("gpt-4")
 
 
-@pytest.fixture
-def here(folder):
+@contextlib.contextmanager
+def running(folder, latent_temperature=None):
     """Address and model of a server in this process, so that the model can be broken."""
     manager = AMVLModelManager(str(folder), device="cpu")
-    app, _ = build_app(manager)
+    app, _ = build_app(manager, latent_temperature)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", manager.load_model_and_processor(NAME)[0]
-        server.should_exit = True
-        thread.join(60)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", manager.load_model_and_processor(NAME)[0]
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture
+def here(folder):
+    with running(folder) as served:
+        yield served
+
+
+def test_the_server_has_a_temperature_of_the_latents(folder, amvl, images):
+    with running(folder, latent_temperature=30.0) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        for own in (None, 0.0):
+            expected = {} if own == 0.0 else {"latent_temperature": 30.0}
+            answer, _ = ask(client, ask_about(images[0]), seed=0, extra_body={"latent_temperature": own})
+            assert answer == generated(amvl, [user(images[0])], 0, **expected)
+            assert answer != generated(
+                amvl, [user(images[0])], 0, **({} if expected else {"latent_temperature": 30.0})
+            )
+        assert fetch(f"{address}/health/latents")[1]["latent_temperature"] == 30.0
 
 
 def test_the_proof_fails_where_the_latents_say_nothing(here):

@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 
-PROMPT = [{"role": "user", "content": [{"type": "image", "image": None}, {"type": "text", "text": "What is this?"}]}]
+QUESTION = "What is this?"
 CLEARLY = 2  # times the difference between two runs with the same latents
 
 
@@ -26,11 +26,10 @@ def prove_latents(model, processor):
     Raises:
         RuntimeError: no latent reached the decoder at all.
     """
-    (message,) = PROMPT
     image = Image.linear_gradient("L").convert("RGB")
-    content = [{**part, "image": image} if part["type"] == "image" else part for part in message["content"]]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
-        [{**message, "content": content}],
+        [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
