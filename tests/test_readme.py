@@ -1,26 +1,19 @@
-"""What README.md shows is run: its two examples, its file tree, its commands."""
+"""README.md is true: its loading example in a process without this repository, its file tree, the names it uses."""
 
 import contextlib
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
-from accelerate.commands.launch import launch_command_parser
 from fresh_process import NO_REPOSITORY
 from tiny import build_tiny_backbone
-from trl import ModelConfig, TrlParser
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
-from recipes import sft_amvl
-from trainer import AMVLDataCollator, AMVLSFTConfig
 from trainer.data.color_steps import build_color_steps
-from trainer.demo import DemoArguments
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,16 +27,8 @@ def example(name):
     return code
 
 
-def replaced(code, *pairs):
-    """Code with some names replaced, each of which must be there."""
-    for shown, here in pairs:
-        assert shown in code, shown
-        code = code.replace(shown, here)
-    return code
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The examples
+# The loading example
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -79,38 +64,6 @@ def test_the_loading_example_answers_in_a_fresh_process_as_here(folder, monkeypa
     fresh = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert fresh.returncode == 0, fresh.stderr[-4000:]
     assert fresh.stdout == here.getvalue() and len(fresh.stdout.strip()) > 8
-
-
-def test_the_training_example_trains_and_saves(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    code = replaced(
-        example("train"),
-        ("HuggingFaceTB/SmolVLM-Instruct", str(folder / "stock")),
-        ("your/dataset", str(folder / "rows")),
-        ('AMVLSFTConfig("amvl-smolvlm")', 'AMVLSFTConfig("amvl-smolvlm", use_cpu=True)'),
-    )
-    names = {}
-    exec(code, names)
-    assert names["trainer"].state.global_step == 3  # epochs of four rows
-    again = AMVLForConditionalGeneration.from_pretrained("amvl-smolvlm")
-    assert again.config.num_latents == 8
-    assert AMVLProcessor.from_pretrained("amvl-smolvlm").latent_token_id == again.config.latent_token_id
-
-
-def test_the_row_that_is_shown_is_a_row(folder):
-    (code,) = re.findall(r"A row is\n\n```python\n(.*?)```", README, re.DOTALL)
-    image = build_color_steps(1, image_size=48)[0]["images"][0]
-    row = eval(code, {"image": image})
-    processor = AMVLProcessor.from_pretrained(folder / "amvl-demo")
-    collator = AMVLDataCollator(processor)
-    batch = collator([datasets.Dataset.from_list([row])[0]])
-    assert processor.decode(batch["completion_ids"][0]) == "three<|end|>"
-    assert processor.decode(batch["input_ids"][0]).endswith("How many cups?<|end|><|assistant|>")
-
-
-@pytest.mark.parametrize("name", ["load", "train"])
-def test_the_examples_are_about_ten_lines(name):
-    assert 8 <= len([line for line in example(name).splitlines() if line.strip()]) <= 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,35 +111,8 @@ def test_every_line_of_the_tree_but_the_two_large_packages_has_a_comment():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands
+# The names
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def launches():
-    """The arguments after `accelerate launch` of every such command."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    return [shlex.split(words, comments=True) for words in re.findall(r"accelerate launch (.*)", blocks)]
-
-
-def test_every_launch_command_parses_with_flags_that_exist(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    modes = []
-    for words in launches():
-        launched = launch_command_parser().parse_args(words)
-        assert Path(launched.training_script).is_file()
-        arguments = launched.training_script_args
-        classes = (
-            (sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig) if "--config" in arguments else (DemoArguments,)
-        )
-        extra = ["--use_cpu", "true"] if "--config" in arguments else []
-        parsed = TrlParser(classes).parse_args_and_config([*arguments, *extra])
-        modes.append("real" if len(parsed) == 3 else "demo")
-    assert modes == ["demo", "real", "real"]
-
-
-def test_a_flag_that_does_not_exist_would_be_noticed():
-    with pytest.raises(ValueError, match="--num_latent_slots"):
-        TrlParser((DemoArguments,)).parse_args_and_config(["--num_latent_slots", "4"])
 
 
 def test_every_file_that_is_named_exists():
