@@ -49,7 +49,7 @@ def public(value):
     text = FOLDERS.sub("", text)
     for home in {str(Path.home()), os.path.expanduser("~")} - {"/", ""}:
         text = text.replace(home, "")
-    return TOKEN.sub("", text)
+    return TOKEN.sub("", text).strip()
 
 
 @dataclass
@@ -164,7 +164,9 @@ def _wrong_in_evaluation(evaluation):
     for source in SOURCES:
         values = evaluation.get(source)
         for key in ("nll", "accuracy"):
-            numbers[f"{source}.{key}"] = values.get(key) if isinstance(values, dict) else None
+            numbers[f"{source}.{key}"] = value = values.get(key) if isinstance(values, dict) else None
+            if value in ("nan", "inf", "-inf"):  # of a run that failed, see `public`
+                numbers[f"{source}.{key}"] = values[key] = float(value)
     return [name for name, value in numbers.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
 
 

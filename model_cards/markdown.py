@@ -27,7 +27,7 @@ def cell(text):
 
 def sentence(text):
     """A sentence of ours with names of others in it: code stays code, nothing becomes HTML, a link or a picture."""
-    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[")
+    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").replace("|", "\\|")
 
 
 def code(text):

@@ -124,7 +124,7 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune", "newversion")
 
 def metadata_errors(content: str) -> list[str]:
     """What is wrong with the metadata of a card: the part of the Hub's rules that this project's cards come into touch with."""
-    block = re.match(r"\s*---\r?\n(.*?)\r?\n?---[ \t]*(\r?\n|$)", content, re.DOTALL)
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
     try:
         data = yaml.safe_load(block[1]) if block else {}
     except yaml.YAMLError as error:

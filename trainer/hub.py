@@ -164,9 +164,9 @@ def _card_without_metadata(path):
         found = {}
     found = found if isinstance(found, dict) else {}
     kept = {key: found[key] for key in TAKEN if key in found}
-    head = yaml.safe_dump(kept, sort_keys=False) if kept else ""
+    head = f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" if kept else ""
     body = text[block.end() :] if block else text
-    return f"---\n{head}---\n{body}".encode(), sorted(map(str, found.keys() - kept.keys())) or "any"
+    return f"{head}{body}".encode(), sorted(map(str, found.keys() - kept.keys())) or "any"
 
 
 def _retried(call):
