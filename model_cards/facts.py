@@ -1,6 +1,7 @@
 """What is known of a checkpoint's training: written beside it when it is saved, safe to publish, read for its card."""
 
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -8,7 +9,10 @@ from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .markdown import one_line
+from .provenance import weights_sample
 
+
+logger = logging.getLogger(__name__)
 
 FACTS = "amvl_training.json"
 SECRET = re.compile(
@@ -77,6 +81,7 @@ class TrainingFacts:
         device (`str`, *optional*): what it was trained on.
         code (`dict`): see [`~model_cards.provenance.code_version`].
         versions (`dict[str, str]`): of the libraries.
+        weights (`str`, *optional*): see [`~model_cards.provenance.weights_sample`]: which weights all this is of.
     """
 
     title: str
@@ -97,16 +102,19 @@ class TrainingFacts:
     device: str | None = None
     code: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    weights: str | None = None
 
     def save(self, folder):
-        """Writes them into a folder, as they may be published."""
+        """Writes them into a folder beside its weights, as they may be published."""
+        self.weights = weights_sample(folder)
         text = json.dumps(public(asdict(self)), indent=1, ensure_ascii=False)
         (Path(folder) / FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 def read_facts(folder):
     """
-    The facts of a checkpoint's folder; of one without `amvl_training.json`, what its configuration says.
+    The facts of a checkpoint's folder; of one without `amvl_training.json`, or with weights that were saved over those that it is of,
+    what its configuration says.
 
     Args:
         folder (`str` or `Path`): with the `config.json` of an AMVL model.
@@ -130,9 +138,10 @@ def read_facts(folder):
     if not isinstance(latents["num_latents"], int) or not isinstance(latents["latent_size"], int):
         raise ValueError(f"`{folder / 'config.json'}` has no `num_latents` and `latent_size`: save the model again.")
     values = read_json(folder / FACTS, "the facts that the trainer wrote")
+    adapter = (folder / "adapter_config.json").is_file()
+    bare = TrainingFacts(folder.resolve().name, latents, is_adapter=adapter)
     if values is None:
-        adapter = (folder / "adapter_config.json").is_file()
-        return TrainingFacts(folder.resolve().name, latents, is_adapter=adapter)
+        return bare
     kinds = {setting.name: setting.type for setting in fields(TrainingFacts)}
     wrong = [name for name, kind in kinds.items() if name in values and not isinstance(values[name], kind)]
     wrong += sorted({"title", "latents"} - values.keys()) + sorted(values.keys() - kinds.keys())
@@ -142,7 +151,19 @@ def read_facts(folder):
             f"`{folder / FACTS}` has no, other or unknown values of {wrong}: it is not as the trainer wrote it. Remove it, and the "
             "card says that the training is not known."
         )
+    if values.get("weights") is not None and values["weights"] != weights_sample(folder):
+        logger.warning("Left out of the card: `%s` is of other weights than `%s` has now.", folder / FACTS, folder)
+        return bare
     return TrainingFacts(**{**values, "latents": latents})  # the configuration is what will be loaded
+
+
+def note_weights(folder):
+    """Says in the facts of a folder that the weights there are theirs: for whoever writes them in another form."""
+    path = Path(folder) / FACTS
+    values = read_json(path, "the facts that the trainer wrote")
+    if values is not None:
+        values["weights"] = weights_sample(folder)
+        path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 LATENTS = (

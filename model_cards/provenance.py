@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 
 PACKAGE = "amvl-transformers"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors", "pytorch_model*.bin")
+BLOCKS, BLOCK_SIZE = 64, 2**16
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,14 +34,37 @@ def weights_fingerprint(name, revision=None):
             folder = Path(snapshot_download(str(name), revision=revision, local_files_only=True))
         except (OSError, ValueError):  # not in the cache; no name of a repository
             return None
-    for pattern in WEIGHTS:  # an adapter's, where there is one: it is what was trained
-        if files := sorted(folder.glob(pattern)):
-            hashes = {file.name: _sha256_of(file) for file in files}
-            if len(hashes) == 1:
-                return next(iter(hashes.values()))
-            lines = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-            return hashlib.sha256(lines.encode()).hexdigest()
-    return None
+    hashes = {file.name: _sha256_of(file) for file in _weight_files(folder)}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+    return hashlib.sha256(lines.encode()).hexdigest() if hashes else None
+
+
+def _weight_files(folder):
+    """An adapter's, where there is one: it is what was trained."""
+    return next((files for pattern in WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
+
+
+def weights_sample(folder):
+    """
+    A hash of some blocks of the weights, quick enough for every save: another step changes nearly all of them.
+
+    Args:
+        folder (`str` or `Path`): of the checkpoint.
+
+    Returns:
+        `str` or `None`: `None` if no weights are there.
+    """
+    digest, files = hashlib.sha256(), _weight_files(Path(folder))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for block in range(BLOCKS):
+                file.seek(block * (size // BLOCKS))
+                digest.update(file.read(BLOCK_SIZE))
+    return digest.hexdigest()[:16] if files else None
 
 
 def _sha256_of(path):

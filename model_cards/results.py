@@ -194,7 +194,7 @@ def render_results(results, fingerprint):
         lines += ["", f"<details><summary>By task, per cent</summary>\n\n{body}\n\n</details>"]
     told = {
         "data": _data_of(results)[2],
-        "revision": settings.get("revision"),
+        "revision": settings.get("revision") or results["data"].get("commit"),
         "questions": settings["questions"],
         "seed": settings["seed"],
         "max_new_tokens": settings["max_new_tokens"],

@@ -26,7 +26,7 @@ from tiny import build_tiny_backbone
 from transformers import set_seed
 
 from model_cards import TrainingFacts, read_facts, render_card, render_dataset_card, weights_fingerprint, write_card
-from model_cards.facts import FACTS, public
+from model_cards.facts import FACTS, note_weights, public
 from model_cards.metadata import is_hub_id
 from model_cards.own_words import END, START
 from model_cards.provenance import code_version
@@ -175,8 +175,7 @@ def run(tmp_path_factory):
         greater_is_better=True,
         hub_token=TOKEN,
         license="cc-by-4.0",
-        run_name="/home/somebody/secret run",
-        model_init_kwargs={"token": TOKEN, "cache_dir": str(folder)},
+        model_init_kwargs={"token": TOKEN, "cache_dir": str(folder), "offload_folder": "/disk/somebody/offload"},
         bf16=False,
         use_cpu=True,
         report_to="none",
@@ -268,7 +267,7 @@ def test_metadata_is_what_the_hub_takes_and_comes_back_as_it_was(name, tmp_path)
 def test_the_validator_would_notice():
     for broken in (
         "license: Apache 2.0",
-        "datasets:\n- /home/me/rows",
+        "datasets:\n- /disk/me/rows",
         "base_model: a//b",
         "tags: amvl",
         "a: [",
@@ -290,7 +289,7 @@ def test_the_validator_would_notice():
 def test_a_card_without_measurements_claims_none():
     text = CARDS["bare"]().text
     assert "No benchmark was run." in text and "Not measured: nothing here says so." in text
-    assert "None is stated for the weights." in text and "Not known: `amvl_training.json`" in text
+    assert "None is stated for the weights." in text and "Not known: no `amvl_training.json`" in text
     assert "**Verdict" not in text and "%" not in text
 
 
@@ -333,7 +332,18 @@ def test_results_of_other_weights_are_refused_and_what_lies_there_is_left_out(ch
     caplog.clear()
     after = write_card(checkpoint).read_text()
     assert "No benchmark was run." in after and "**Verdict" not in after and "model-index" not in after
-    assert caplog.text.count("Left out of the card") == 2
+    assert (
+        "Not known: no `amvl_training.json`" in after and "license: cc-by-4.0" in after
+    )  # a person's word, not a measurement
+    assert caplog.text.count("Left out of the card") == 3
+
+
+def test_a_training_is_not_told_of_weights_that_were_saved_over_it(checkpoint, caplog):
+    assert read_facts(checkpoint).is_trained
+    (checkpoint / "model.safetensors").write_bytes(b"of another training")
+    assert not read_facts(checkpoint).is_trained and "is of other weights" in caplog.text
+    note_weights(checkpoint)  # the same in another form, says who wrote them
+    assert read_facts(checkpoint).is_trained
 
 
 def test_results_that_say_nothing_of_their_weights_are_refused(checkpoint, tmp_path):
@@ -438,7 +448,7 @@ def test_the_trainer_leaves_facts_that_anybody_may_read(run):
     facts = read_facts(folder)
     assert facts.datasets == {"someone/photos": COMMIT} and facts.licences == {"photos": "cc-by-4.0"}
     assert facts.arguments["learning_rate"] == 0.01 and facts.arguments["eval_steps"] == 1
-    assert facts.arguments["model_init_kwargs"] == {"cache_dir": folder.parent.name}
+    assert facts.arguments["model_init_kwargs"] == {"cache_dir": folder.parent.name, "offload_folder": "offload"}
     card = ModelCard.load(folder / "README.md")
     assert (
         metadata_errors(str(card)) == []
@@ -658,12 +668,12 @@ def test_what_is_missing_or_unknown_is_named_before_anything_is_written(checkpoi
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        ("/home/me/models/llava", "llava"),
+        ("/disk/me/models/llava", "llava"),
         ("~/models/llava", "llava"),
-        (Path("/home/me/x y"), "x y"),
+        (Path("/disk/me/x y"), "x y"),
         (r"C:\Users\me\rows", "rows"),
-        ("read from /home/me/rows/a.json, twice", "read from a.json, twice"),
-        ("file:///home/me/a.json", "a.json"),
+        ("read from /disk/me/rows/a.json, twice", "read from a.json, twice"),
+        ("file:///disk/me/a.json", "a.json"),
         ("someone/model", "someone/model"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("https://me:pass@example.org/a", "https://example.org/a"),

@@ -236,7 +236,7 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(hub, folder, tmp
 @pytest.mark.parametrize(
     ("head", "left"),
     [
-        ("---\ntags:\n- amvl\nlicense: Apache 2.0\ndatasets:\n- /home/me\n---\n", "---\ntags:\n- amvl\n---\n"),
+        ("---\ntags:\n- amvl\nlicense: Apache 2.0\ndatasets:\n- /disk/me\n---\n", "---\ntags:\n- amvl\n---\n"),
         ("---\nlicense: Apache 2.0\n---\n", ""),
         ("---\nlicense: [\n---\n", ""),
         ("---\n- a\n---\n", ""),
