@@ -505,19 +505,25 @@ def test_own_words_and_the_licence_stay(run, checkpoint, caplog):
         run.args.output_dir = output_dir
 
 
-def test_where_rows_came_from_survives_mixing():
+def test_where_rows_came_from_survives_mixing(tmp_path):
     parts = []
     for name, licence in (("someone/photos", "photos: mit"), ("some-one/charts.v2", "charts: not stated")):
         rows = Dataset.from_dict({"x": [1]})
         rows.info.homepage, rows.info.license = f"hf://datasets/{name}@{COMMIT}", licence
         parts.append(rows)
     parts[1].info.download_checksums = {f"hf://datasets/some/more@{COMMIT}/data/a.parquet": {}, "https://x/y": {}}
-    assert datasets_of(parts[1].info) == {"some-one/charts.v2": COMMIT, "some/more": COMMIT}
-    info = concatenate_datasets(parts).shuffle(seed=0).info
-    assert datasets_of(info) == {"someone/photos": COMMIT, "some-one/charts.v2": COMMIT}
-    assert licences_of(info) == {"photos": "mit", "charts": "not stated"}
+    assert datasets_of(parts[1]) == {"some-one/charts.v2": COMMIT, "some/more": COMMIT}
+    mixed = concatenate_datasets(parts).shuffle(seed=0)
+    assert datasets_of(mixed) == {"someone/photos": COMMIT, "some-one/charts.v2": COMMIT}
+    assert licences_of(mixed.info) == {"photos": "mit", "charts": "not stated"}
+    assert datasets_of(parts[0], ["some/VisualData"])["some/VisualData"] is None
+    parts[0].save_to_disk(
+        tmp_path / "some___visual_data" / "default" / "0.0.0" / COMMIT
+    )  # as `load_dataset` calls its folder
+    cached = Dataset.from_file(str(next(tmp_path.rglob("*.arrow"))))
+    assert datasets_of(cached) == {} and datasets_of(cached, ["some/VisualData"]) == {"some/VisualData": COMMIT}
     parts[0].info.homepage = "hf://datasets/a/b@main and hf://datasets/c/d"
-    assert datasets_of(parts[0].info) == {"a/b": None, "c/d": None}
+    assert datasets_of(parts[0]) == {"a/b": None, "c/d": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

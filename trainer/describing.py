@@ -3,8 +3,10 @@
 import re
 from dataclasses import MISSING, fields
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from datasets.naming import camelcase_to_snakecase
 from peft import PeftModel
 
 from model_cards import TrainingFacts
@@ -23,6 +25,8 @@ NOT_OF_THE_TRAINING = re.compile(
     r"accelerator_config|license|use_cpu|dataloader_.*|save_.*|do_(train|eval|predict)|dataset_kwargs|activation_checkpointing.*|eval_on_start|ddp_.*|local_rank"
 )
 ON_THE_HUB = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+))?(?=[/\s]|$)")
+# .../someone___photos/default/0.0.0/<commit>/photos-train.arrow
+CACHED = re.compile(r"/(?P<owner>[\w.-]+?)___(?P<name>[\w.-]+)/[^/]+/[^/]+/(?P<revision>[0-9a-f]{40})/[^/]+$")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -47,7 +51,6 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
     loaded, backbone = config._name_or_path, config.backbone_config._name_or_path
     base = next((name for name in (loaded, backbone) if is_hub_id(name)), None)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    datasets = {name: None for name in dataset_names if name} | datasets_of(info)
     return TrainingFacts(
         title=title,
         latents={name: getattr(config, name) for name in LATENTS},
@@ -64,7 +67,7 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
         | {"rows per step": rows},
         arguments=settings_beside_defaults(args),
         evaluation=evaluation_of(last_evaluation),
-        datasets=datasets,
+        datasets=datasets_of(trainer.train_dataset, dataset_names),
         licences=licences_of(info),
         license=args.license,
         device=device_of(args),
@@ -98,15 +101,29 @@ def evaluation_of(logged):
     }
 
 
-def datasets_of(info):
-    """Commit by Hub id of what a dataset was read from: as `datasets` notes its downloads, and [`note_source`] those of a reader."""
-    if info is None:
-        return {}
-    noted = "\n".join([info.homepage or "", *(info.download_checksums or {})])
-    found = {}
+def datasets_of(dataset, names=()):
+    """
+    What a dataset was read from on the Hub, as our readers note it.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): with or without such a note.
+        names (`list[str]`, *optional*): further ids.
+
+    Returns:
+        `dict[str, str | None]`: commit by id, of a reader or as `datasets` calls the files of its cache.
+    """
+    info, files = getattr(dataset, "info", None), getattr(dataset, "cache_files", [])
+    noted = "\n".join([(info and info.homepage) or "", *((info and info.download_checksums) or {})])
+    found = dict.fromkeys(filter(None, names))
     for match in ON_THE_HUB.finditer(noted):
         revision = match["revision"] if COMMIT.fullmatch(match["revision"] or "") else None
         found[match["id"]] = revision or found.get(match["id"])
+    cached = filter(None, (CACHED.search(Path(file["filename"]).as_posix()) for file in files))
+    # An id cannot be read off such a path, which has no capitals.
+    commits = {(match["owner"], match["name"]): match["revision"] for match in cached}
+    for name, revision in found.items():
+        owner, _, last = name.partition("/")
+        found[name] = revision or commits.get((owner, camelcase_to_snakecase(last)))
     return found
 
 

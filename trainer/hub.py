@@ -28,7 +28,7 @@ CARD, REFUSED_CARD = "README.md", "Invalid metadata in README.md"  # as huggingf
 TAKEN = ("library_name", "pipeline_tag", "tags")
 
 # The last one shows rows of the training data.
-NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
+NOT_PUSHED = ("_*", "README.before.md", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
 # Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
 WEIGHTS = (
     "model.safetensors",
