@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from .markdown import cell, percent, points
+from .markdown import cell, percent, points, sentence
+from .provenance import refuse_other_weights
 
 
 START, END = "<!-- diagnosis -->", "<!-- /diagnosis -->"
@@ -11,7 +12,21 @@ HEADING = "## Does it use its latents?"
 MARKED = re.compile(rf"^{START}[ \t]*$.*?^{END}[ \t]*$", re.M | re.S)
 MARKER = re.compile(rf"^(?:{START}|{END})[ \t]*$", re.M)
 SECTION = re.compile(rf"(^{re.escape(HEADING)}[ \t]*$)(.*?)(?=^#{{1,2}} |\Z)", re.M | re.S)
-NOT_MEASURED = re.compile(r"\n*Not measured: this run had\s+no evaluation split\.")
+NOT_MEASURED = re.compile(
+    r"\n*Not measured: (?:this run had\s+no evaluation split|nothing here says so)\."
+    r"| ?Whether another row's latents would do as well was not measured\."
+)
+NUMBERS = (
+    "accuracy",
+    "difference",
+    "low",
+    "high",
+    "flip_rate",
+    "text_flip_rate",
+    "log_prob",
+    "log_prob_low",
+    "log_prob_high",
+)
 # The posterior's arms are no interventions on what inference reads.
 BESIDE = {"posterior": "posterior Z, which has read the answer", "wrong posterior": "posterior Z of a wrong answer"}
 
@@ -29,16 +44,16 @@ def render_diagnosis(diagnosis):
     verdict, settings = diagnosis["verdict"], diagnosis["settings"]
     changes = diagnosis["changes"]
     lines = [
-        f"**Verdict: {verdict['word']}.** {verdict['paragraph']}",
+        f"**Verdict: {cell(verdict['word'])}.** {sentence(verdict['paragraph'])}",
         "",
-        f"{changes['own']['num_rows']} questions of {cell(settings['data'])}, greedy, latents at temperature 0, seed {settings['seed']}; against each "
+        f"{changes['own']['num_rows']} questions of {cell(settings['data'])}, greedy, latents at temperature 0, seed {cell(settings['seed'])}; against each "
         "row's own Z with all else fixed, with 95% intervals (bootstrap, paired).",
         "",
         "| latents | rows | accuracy | change, points | other answers / other texts | change of log p(gold), nats |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in changes.items():
-        label = BESIDE.get(name, name)
+        label = BESIDE.get(name, cell(name))
         if found is None:
             lines.append(f"| {label} | 0 | | no two rows to exchange | | |")
         elif name == "own":
@@ -66,10 +81,11 @@ def update_card(path, diagnosis):
         diagnosis (`dict`): see [`render_diagnosis`].
 
     Raises:
-        ValueError: see [`check_card`].
+        ValueError: see [`check_card`]; or the weights beside the card are not those that were diagnosed.
     """
     text, section = check_card(path), marked(diagnosis)
     path = Path(path)
+    refuse_other_weights(path.parent, diagnosis.get("weights_sha256"), "the diagnosis")
     if MARKED.search(text):
         text = MARKED.sub(lambda _: section, text, count=1)
     elif SECTION.search(text):
@@ -77,6 +93,37 @@ def update_card(path, diagnosis):
     else:
         text = f"{text.rstrip()}\n\n{HEADING}\n\n{section}\n"
     path.write_text(text, encoding="utf-8")
+
+
+def check_diagnosis(diagnosis, path):
+    """
+    Refuses what is no `diagnosis.json` of recipes/diagnose_amvl.py, before any of it gets into a card.
+
+    Args:
+        diagnosis (`dict`): what the file holds.
+        path (`str` or `Path`): how an error calls it.
+
+    Raises:
+        ValueError: something is missing, or of another kind.
+    """
+    parts = {name: diagnosis.get(name) for name in ("verdict", "settings", "changes")}
+    wrong = [name for name, value in parts.items() if not isinstance(value, dict)]
+    if not wrong:
+        wrong = [f"verdict.{key}" for key in ("word", "paragraph") if not isinstance(parts["verdict"].get(key), str)]
+        wrong += [f"settings.{key}" for key in ("data", "seed") if key not in parts["settings"]]
+        wrong += [] if isinstance(parts["changes"].get("own"), dict) else ["changes.own"]
+        for name, found in parts["changes"].items():
+            needed = ("num_rows", "accuracy") if name == "own" else ("num_rows", *NUMBERS)
+            given = found if isinstance(found, dict) else {}
+            numbers = [key for key in needed if isinstance(given.get(key), (int, float))]
+            wrong += [f"changes.{name}.{key}" for key in needed if found is not None and key not in numbers]
+    if not isinstance(diagnosis.get("weights_sha256"), str | None):
+        wrong.append("weights_sha256")
+    if wrong:
+        raise ValueError(
+            f"`{path}` is no `diagnosis.json` of recipes/diagnose_amvl.py: it has no or other values of {wrong[:5]}. Diagnose again."
+        )
+    diagnosis.setdefault("weights_sha256", None)
 
 
 def check_card(path):

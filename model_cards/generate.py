@@ -1,89 +1,111 @@
 """Renders the card of an AMVL checkpoint, from what was trained and measured, and of a dataset, from what was read."""
 
-from importlib.metadata import version
+import re
 from pathlib import Path
 
-from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard
+from jinja2 import Environment
 
 from .diagnosis import marked
-from .markdown import cell
+from .facts import SOURCES, public
+from .markdown import cell, code, literal, one_line, table
+from .metadata import LICENSES, is_hub_id, model_card_data
+from .own_words import section
+from .results import eval_results, render_results
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
 DATASET_TEMPLATE = Path(__file__).with_name("dataset_template.md")
-VERSIONED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def render_card(
-    config,
-    model_name,
-    settings,
-    metrics=None,
-    hub_model_id=None,
-    datasets=None,
-    licence=None,
-    data_licences=None,
-    diagnosis=None,
-    is_adapter=False,
-    base_revision=None,
-):
+def render_card(facts, license=None, results=None, diagnosis=None, fingerprint=None, own_words=""):
     """
-    The model card of a checkpoint.
+    The model card of a checkpoint. It claims what it is given, and says what is not known.
 
     Args:
-        config (`AMVLConfig`): of the model.
-        model_name (`str`): title.
-        settings (`dict[str, object]`): training settings to show, in their order.
-        metrics (`dict[str, float]`, *optional*): of the last evaluation, with the keys that `AMVLSFTTrainer` logs.
-        hub_model_id (`str`, *optional*): where the checkpoint will be found; `model_name` otherwise.
-        datasets (`list[str]`, *optional*), licence (`str`, *optional*): for the card's metadata.
-        data_licences (`str`, *optional*): of the training data, a line for each source.
-        diagnosis (`dict`, *optional*): what recipes/diagnose_amvl.py wrote as `diagnosis.json`: its verdict and table.
-        is_adapter (`bool`, defaults to `False`): a PEFT adapter, to be loaded on its base.
-        base_revision (`str`, *optional*): the base's commit on the Hub.
+        facts ([`~model_cards.facts.TrainingFacts`]): of its training.
+        license (`str`, *optional*): of the weights, one of `LICENSES`; by default what the facts say.
+        results (`dict[str, dict]`, *optional*): what recipes/evaluate_amvl.py wrote, by the file's name in the repository; of these
+            weights.
+        diagnosis (`dict`, *optional*): what recipes/diagnose_amvl.py wrote as `diagnosis.json`; of these weights.
+        fingerprint (`str`, *optional*): of the weights; needed with `results`.
+        own_words (`str`, defaults to `""`): what a person wrote into an earlier card, see [`~model_cards.own_words`].
 
     Returns:
         `huggingface_hub.ModelCard`.
     """
-    backbone = config.backbone_config._name_or_path or None
-    base = (is_adapter and config._name_or_path) or backbone  # an adapter may be one of a trained AMVL model
-    metrics = metrics or {}
-    evaluation = [
-        {"name": name, "nll": metrics[f"eval_nll_{key}"], "accuracy": metrics[f"eval_accuracy_{key}"]}
-        for key, name in (("prior", "prior"), ("posterior", "posterior"), ("no_latents", "no latents"))
-        if f"eval_nll_{key}" in metrics
+    results, license = results or {}, license or facts.license
+    hub_model_id = facts.hub_model_id if is_hub_id(facts.hub_model_id) else None
+    base = facts.base if is_hub_id(facts.base) else None
+    evaluation = facts.evaluation
+    scores = [
+        scored for file, values in results.items() for scored in eval_results(values, fingerprint, hub_model_id, file)
     ]
-    card_data = ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["amvl", "latent-reasoning", "trl", "sft", *(["lora", "transformers"] if is_adapter else [])],
-        base_model=base if base and not Path(base).exists() else None,
-        base_model_relation="adapter" if is_adapter else None,
-        datasets=datasets,
-        license=licence,
-    )
-    return ModelCard.from_template(
-        card_data,
-        template_path=TEMPLATE,
-        model_name=model_name,
-        model_id=hub_model_id or model_name,
-        num_latents=config.num_latents,
-        latent_size=config.latent_size,
-        latent_temperature=config.latent_temperature,
-        latent_token_id=config.latent_token_id,
-        initial_token_id=config.initial_token_id,
-        min_log_variance=config.min_log_variance,
-        max_log_variance=config.max_log_variance,
-        base_revision=base_revision,
-        is_adapter=is_adapter,
-        built_from_stock=not config._name_or_path,
-        backbone=card_data.base_model,
-        evaluation=evaluation,
-        settings=settings,
+    card_data = model_card_data(facts, license, scores)
+    text = _render(
+        TEMPLATE,
+        card_data=card_data.to_yaml(),
+        title=cell(facts.title) or "amvl",
+        latents=facts.latents,
+        base=base,
+        base_revision=facts.base_revision if base else None,
+        base_is_amvl=facts.base_is_amvl,
+        hub_model_id=hub_model_id,
+        model_id=literal(hub_model_id or facts.title),
+        is_adapter=facts.is_adapter,
+        is_trained=facts.is_trained,
+        own_words=section(""),
         diagnosis=marked(diagnosis) if diagnosis else None,
-        data_licences=[cell(line) for line in (data_licences or "").splitlines() if line.strip()],
-        versions={name: version(name) for name in VERSIONED_PACKAGES},
+        evaluation=evaluation,
+        evaluation_table=_evaluation_table(evaluation) if evaluation else None,
+        num_steps=facts.num_steps,
+        fingerprint=fingerprint,
+        results="\n\n".join(render_results(values, fingerprint) for values in results.values()),
+        settings_table=table(
+            ["setting", "value"], [[code(name), cell(value)] for name, value in public(facts.settings).items()]
+        ),
+        arguments=_yaml(facts.arguments),
+        device=cell(facts.device) if facts.device else None,
+        code=_code(facts.code),
+        versions=", ".join(f"{cell(name)} {cell(value)}" for name, value in facts.versions.items()),
+        datasets=[(name, revision) for name, revision in facts.datasets.items() if is_hub_id(name)],
+        licences=[f"{cell(name)}: {cell(licence)}" for name, licence in public(facts.licences).items()],
+        license=license,
     )
+    return ModelCard(text.replace(section(""), section(own_words), 1))
+
+
+def _evaluation_table(evaluation):
+    rows = [
+        [source.replace("_", " "), f"{evaluation[source]['nll']:.4f}", f"{evaluation[source]['accuracy']:.3f}"]
+        for source in SOURCES
+    ]
+    return table(["decoded with", "NLL, nats per token", "answers right token by token"], rows, right=(1, 2))
+
+
+def _yaml(settings):
+    """Settings as YAML, each value on its line."""
+    if not settings:
+        return ""
+    return yaml.safe_dump(public(settings), sort_keys=False, allow_unicode=True, width=float("inf")).strip()
+
+
+def _code(found):
+    if not found.get("version") and not found.get("commit"):
+        return "not known which"
+    text = f"AMVL for Hugging Face {cell(found.get('version') or '(no release)')}"
+    if found.get("commit"):
+        text += f", commit `{one_line(found['commit'])}`"
+        text += ", with uncommitted changes" if found.get("uncommitted") else ""
+    return text
+
+
+def _render(template, **values):
+    """What huggingface_hub's `from_template` does, which would let the metadata's own fields fill gaps in the template."""
+    environment = Environment(keep_trailing_newline=True)
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(values)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def render_dataset_card(name, reports, settings, repository=None):
@@ -108,10 +130,10 @@ def render_dataset_card(name, reports, settings, repository=None):
             rows.append({**row, "rows": values["rows"], "share": share})
             dropped += [{**row, "reason": cell(k), "rows": v["rows"]} for k, v in values["dropped"].items()]
     only = next(iter(licences)) if len(licences) == 1 else None
-    has_spdx_name = only is not None and " " not in only
+    is_on_hub = only in LICENSES
     card_data = DatasetCardData(
-        license=only if has_spdx_name else "other",
-        license_name=None if has_spdx_name else "licences-of-the-sources",
+        license=only if is_on_hub else "other",
+        license_name=None if is_on_hub else "licences-of-the-sources",
         task_categories=["image-text-to-text"],
         tags=["amvl", "trl"],
         configs=[
@@ -126,11 +148,12 @@ def render_dataset_card(name, reports, settings, repository=None):
         ],
     )
     budget = [f"{settings[key]:,} pixels at {end}" for key, end in BUDGET_ENDS if settings.get(key) is not None]
-    return DatasetCard.from_template(
-        card_data,
-        template_path=DATASET_TEMPLATE,
-        name=name,
-        repository=repository or name,
+    text = _render(
+        DATASET_TEMPLATE,
+        card_data=card_data.to_yaml(),
+        name=cell(name),
+        repository=repository or one_line(name),
+        repository_code=literal(repository or name),
         answer_sentence={
             "answer": "The completion is the answer alone.",
             "rationale": "The completion is a rationale and the answer.",
@@ -140,6 +163,7 @@ def render_dataset_card(name, reports, settings, repository=None):
         dropped=dropped,
         budget=" and ".join(budget),
     )
+    return DatasetCard(text)
 
 
 BUDGET_ENDS = (("min_pixels", "least"), ("max_pixels", "most"))

@@ -21,7 +21,7 @@ from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 
-from model_cards import update_card
+from model_cards import update_card, weights_fingerprint
 from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer.data.color_steps import FIRST_STEPS, build_color_steps
@@ -207,7 +207,9 @@ def draw(arguments, diagnosis, model, processor, rows, found):
 
 def main(arguments):
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = weights_fingerprint(arguments.checkpoint)  # before anybody can train on
     model, processor = load_checkpoint(arguments.checkpoint, device)
+    weights = weights or weights_fingerprint(arguments.checkpoint)  # of the Hub, which are here now
     rows = load_rows(arguments)
     controls = answer_controls(arguments, rows, device)
     diagnosis, found = diagnose(
@@ -231,7 +233,7 @@ def main(arguments):
         "max_new_tokens": arguments.max_new_tokens,
         "image budget": processor.image_budget,
     }
-    diagnosis |= {"pictures": {}, "left_out": []}
+    diagnosis |= {"weights_sha256": weights, "pictures": {}, "left_out": []}
     # Before the pictures, so that nothing is lost if one cannot be drawn.
     write_report(diagnosis, arguments.output_dir)
     if arguments.update_card:

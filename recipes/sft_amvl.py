@@ -24,9 +24,9 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
 from trainer.adapters import merge_adapter
-from trainer.data.files import is_hub_id
+from trainer.data.files import hub_address, is_hub_id
 from trainer.data.mixture import Mixture
-from trainer.data.prepare import report_of
+from trainer.data.prepare import ON_THE_HUB, report_of
 from trainer.data.reader import licence_text
 from trainer.data.report_page import save_report
 from trainer.data.sources import READERS, open_source
@@ -126,8 +126,11 @@ def load_rows(arguments, processor, with_evaluation=True, seed=0):
         rows, reports = load_dataset(name, streaming=streaming), {}
         check_splits(splits, list(rows), name, with_evaluation)
         train, test = rows[splits["train"]], rows.get(splits["test"])
-        train.info.license = licence_text(
-            {source: values["licence"] for source, values in report_of(name)["sources"].items()}
+        report = report_of(name)
+        train.info.license = licence_text({source: values["licence"] for source, values in report["sources"].items()})
+        # Beside what `datasets` notes of the prepared rows themselves.
+        train.info.homepage = (
+            f"{hub_address(name) if is_hub_id(name) else ''} {report['settings'].get(ON_THE_HUB) or ''}"
         )
     else:
         settings = {
@@ -266,16 +269,14 @@ def main(arguments, training_args, model_config):
     if arguments.dataset_streaming:  # read by now
         save_reports(reports, report_dir, training_args)
     trainer.save_whole_model(training_args.output_dir)  # pushed below, when all is saved
-    dataset_name = arguments.dataset_name if is_hub_id(arguments.dataset_name) else None  # no path goes into a card
     merges = model_config.use_peft and arguments.merge_lora
     if training_args.push_to_hub and not merges:
-        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.push_to_hub()
     if merges and trainer.is_world_process_zero():
         folder = Path(training_args.output_dir) / "merged"
         unset_hf_deepspeed_config()  # this process alone loads the base again, as a whole
         merge_adapter(training_args.output_dir, folder, quantization_config=get_quantization_config(model_config))
-        trainer.create_model_card(dataset_name=dataset_name)
-        trainer.create_model_card(dataset_name=dataset_name, merged_dir=folder)
+        trainer.create_model_card(merged_dir=folder)
         if training_args.push_to_hub:
             push_folder(folder, trainer.hub_model_id, training_args.hub_token, training_args.hub_revision)
 

@@ -1,5 +1,6 @@
 """An adapter trains and saves the latents whole, goes back on its base and on no other, and merges into the same model."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_hub import ASK, REPOSITORY, client, hub  # noqa: F401
 from tiny import build_tiny_backbone
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from model_cards import render_card
+from model_cards import read_facts, render_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLDataCollator, AMVLSFTConfig, AMVLSFTTrainer
 from trainer.adapters import LATENT_MODULES, merge_adapter, prepare_peft_config, settle_adapter
@@ -222,8 +223,8 @@ def test_the_base_that_the_card_builds_is_the_one_it_was_trained_on(train, make_
     adapted = PeftModel.from_pretrained(scope["base"], trainer.args.output_dir)
     expected = numbers(trainer.model, processor, rows)
     torch.testing.assert_close(numbers(adapted, processor, rows), expected, rtol=0, atol=1e-6)
-    model.config.backbone_config._name_or_path = "someone/stock"
-    card = render_card(model.config, "m", {}, is_adapter=True, base_revision="abc").text
+    facts = dataclasses.replace(read_facts(trainer.args.output_dir), base="someone/stock", base_revision="abc")
+    card = render_card(facts).text
     assert '    "someone/stock",\n    revision="abc",\n    num_latents=2,\n' in card
 
 

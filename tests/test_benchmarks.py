@@ -367,7 +367,9 @@ for benchmark, name in (("vstar", "craigwu/vstar_bench"), ("blink", "BLINK-Bench
     HfApi().create_repo(name, repo_type="dataset")
     HfApi().upload_folder(repo_id=name, folder_path=source / benchmark, repo_type="dataset")
     local = prepare_questions(benchmark, source / "local" / benchmark, source / benchmark)
-    assert prepare_questions(benchmark, source / "hub" / benchmark).digest == local.digest, benchmark
+    published = prepare_questions(benchmark, source / "hub" / benchmark)
+    assert published.digest == local.digest and local.report["commit"] is None, benchmark
+    assert published.report["commit"] == HfApi().dataset_info(name).sha, published.report
 print("all read")
 """
 

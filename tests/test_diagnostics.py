@@ -1,5 +1,6 @@
 """The diagnosis of planted models, run end to end: used, unused, leaking and alike are told apart, and the rules are conservative."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from planted_latents import COLORS, colored_rows, planted
 from tiny import build_tiny_backbone
 
-from model_cards import render_card, update_card
+from model_cards import TrainingFacts, render_card, update_card, weights_fingerprint, write_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import diagnose_amvl
 from trainer.diagnostics.diagnose import ask_control, compare_control, diagnose
@@ -327,28 +328,34 @@ def test_dollars_in_a_question_are_no_formula(tmp_path):
 
 
 def test_the_card_carries_verdict_and_table_and_a_later_one_replaces_it(used, tmp_path):
-    model, _ = planted()
-    diagnosis = {**used, "settings": SETTINGS}
-    metrics = {
-        f"eval_{what}_{name}": 0.5 for what in ("nll", "accuracy") for name in ("prior", "posterior", "no_latents")
-    }
-    card = render_card(model.config, "m", {}, metrics, diagnosis=diagnosis).text
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    diagnosis = {**used, "settings": SETTINGS, "weights_sha256": weights_fingerprint(tmp_path)}
+    scores = {name: {"nll": 0.5, "accuracy": 0.5} for name in ("prior", "posterior", "no_latents")}
+    facts = TrainingFacts("m", {"num_latents": 2, "latent_size": 8, "latent_temperature": 0.0}, is_trained=True)
+    evaluated = dataclasses.replace(facts, evaluation={"step": 1, **scores})
+    card = render_card(evaluated, diagnosis=diagnosis).text
     assert (
         f"**Verdict: used.** {used['verdict']['paragraph']}" in card
         and "| swapped | 60 |" in card
         and "| prior | 0.5" in card
     )
-    for settings in ({}, {"metrics": metrics}, {"diagnosis": diagnosis}):
+    for known, shown in ((facts, None), (evaluated, None), (facts, diagnosis)):
         path = tmp_path / "README.md"
-        render_card(model.config, "m", {}, **settings).save(path)
+        render_card(known, diagnosis=shown).save(path)
         update_card(path, {**diagnosis, "verdict": {"word": "unused", "paragraph": "New."}})
         once = path.read_text()
         update_card(path, {**diagnosis, "verdict": {"word": "unused", "paragraph": "New."}})
         assert path.read_text() == once and once.count("**Verdict: ") == 1 and "**Verdict: unused.** New." in once
-        assert "Not measured" not in once and once.index("## Does it use") < once.index("Verdict") < once.index(
-            "## Training"
+        assert (
+            "Not measured: this run" not in once
+            and "was not measured" not in once
+            and once.index("## Does it use") < once.index("Verdict") < once.index("## Training")
         )
-        assert ("| prior | 0.5" in once) == ("metrics" in settings)
+        assert ("| prior | 0.5" in once) == (known is evaluated)
+    for other, message in ((None, "does not say which weights"), ("0" * 64, "trained on since or another model")):
+        with pytest.raises(ValueError, match=message):
+            update_card(path, {**diagnosis, "weights_sha256": other})
+        assert path.read_text() == once
     path.write_text("# Another card\n")
     update_card(path, diagnosis)
     assert path.read_text().startswith(
@@ -363,7 +370,9 @@ NOT_MEASURED = "Not measured: this run had no evaluation split."
 
 
 def test_only_whole_lines_of_a_card_are_markers_and_headings(used, tmp_path):
-    path, diagnosis = tmp_path / "README.md", {**used, "settings": SETTINGS}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    path = tmp_path / "README.md"
+    diagnosis = {**used, "settings": SETTINGS, "weights_sha256": weights_fingerprint(tmp_path)}
     before, after = f"See `{HEADING}`; `{START}` and `{END}` mark it.\n\n", f"\n\n## More\n\n{NOT_MEASURED}\n"
     path.write_text(f"{before}{HEADING}\n\n{NOT_MEASURED}{after}")
     for _ in range(2):
@@ -393,7 +402,7 @@ def checkpoint(tmp_path_factory):
     )
     for part in (model, processor):
         part.save_pretrained(folder / "amvl")
-    render_card(model.config, "amvl", {}).save(folder / "amvl" / "README.md")
+    write_card(folder / "amvl")
     log = [{"step": step, "forward_kl": 1.0, "reverse_kl": 2.0} for step in (1, 2)]
     (folder / "amvl" / "checkpoint-10").mkdir()
     (folder / "amvl" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": log}))

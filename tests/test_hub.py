@@ -233,6 +233,29 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(hub, folder, tmp
     assert len(hub.models[NAME].commits) == 3
 
 
+@pytest.mark.parametrize(
+    ("head", "left"),
+    [
+        ("---\ntags:\n- amvl\nlicense: Apache 2.0\ndatasets:\n- /disk/me\n---\n", "---\ntags:\n- amvl\n---\n"),
+        ("---\nlicense: Apache 2.0\n---\n", ""),
+        ("---\nlicense: [\n---\n", ""),
+        ("---\n- a\n---\n", ""),
+    ],
+    ids=["some", "only", "no YAML", "no mapping"],
+)
+def test_a_card_that_the_hub_refuses_does_not_keep_the_weights_from_it(head, left, hub, folder, tmp_path):
+    (folder / "README.md").write_text(f"{head}# A model\n\n---\nlicense: mine\n---\n")
+    before = contents(folder)
+    said = push(hub, tmp_path, folder)
+    assert said.get("commit") == hub.models[NAME].head, said
+    text = on_hub(hub)["README.md"].decode()
+    assert text == f"{left}# A model\n\n---\nlicense: mine\n---\n"
+    assert {**on_hub(hub), "README.md": b""} == {**pushed(folder), "README.md": b""} and contents(folder) == before
+    assert (
+        len([request for request in hub.requests if request == "POST /api/validate-yaml"]) == 2
+    )  # it was refused once
+
+
 def test_a_folder_without_weights_is_refused_and_leaves_the_repository_its_own(hub, folder, tmp_path):
     push(hub, tmp_path, folder)
     (folder / "model.safetensors").unlink()

@@ -432,6 +432,7 @@ def test_a_number_of_processes_that_cannot_be_is_refused(sources, tmp_path, num_
 # ---------------------------------------------------------------------------------------------------------------------
 
 PUSH_AND_TRAIN = """
+import re
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
@@ -450,7 +451,8 @@ for streaming in ("false", "true"):
     parser = TrlParser((sft_amvl.AMVLScriptArguments, AMVLSFTConfig, ModelConfig))
     sft_amvl.main(*parser.parse_args_and_config(words))
     card = (folder / streaming / "README.md").read_text()
-    assert "- mine: mit" in card and "| prior |" in card, card
+    assert "- mine: mit" in card and "| prior |" in card and "- someone/mix" in card.split("---")[1], card
+    assert streaming == "true" or re.search(r"- `someone/mix` at `[0-9a-f]{40}`", card), card
 print("trained")
 """
 

@@ -1226,6 +1226,10 @@ def fetched(name):
     return len(list(folder.glob("snapshots/*/**/*.png")))
 
 
+def address(name):
+    return f"hf://datasets/{name}@{api.dataset_info(name).sha}"
+
+
 def pictures(rows):
     return sorted((row["row_id"].rpartition("/")[2], row["images"][0].getpixel((0, 0))) for row in rows)
 
@@ -1246,6 +1250,7 @@ for format, folder, settings, sources in (
     assert pictures(dataset) == here and report.num_dropped == {"an image file that is missing": 1}, str(report)
     dataset, report = read_rows(format, f"someone/{folder}-again", **settings)
     assert pictures(dataset) == here and report.num_dropped == {"an image file that is missing": 1}, str(report)
+    assert dataset.info.homepage == address(f"someone/{folder}-again"), dataset.info.homepage
     assert set(report.kept) == sources and open_source(format, f"someone/{folder}", **settings).licence == "mit"
 
 for format, folder, settings in (("zebra_cot", "zebra", {"config": "2D - Search"}), ("zebra_cot", "zebra", {}), ("trl", "trl", {})):
@@ -1259,6 +1264,7 @@ for format, folder, settings in (("zebra_cot", "zebra", {"config": "2D - Search"
             row["completion"][0]["content"][0]["text"] for row in here
         ), (format, streaming, len(rows), str(report))
         assert report.kept and sum(report.kept.values()) == len(rows), str(report)
+        assert dataset.info.homepage == address(f"someone/{folder}"), dataset.info.homepage
 
 for name, settings in (("someone/zebra", {"config": "nothing"}), ("someone/trl", {"split": "nothing"}), ("someone/nothing", {})):
     for streaming in (False, True):

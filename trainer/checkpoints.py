@@ -217,6 +217,10 @@ class CheckpointMixin:
     def _load_best_model(self):
         super()._load_best_model()
         self._saved_step = None  # the optimizer's state does not belong to these weights: no checkpoint any more
+        self._loaded_step = self.state.best_global_step
+        for entry in self.state.log_history:  # the card shows what these weights did
+            if entry["step"] == self._loaded_step:
+                self._note_evaluation(entry, entry["step"])
 
     def _num_bytes(self, with_state=False):
         """What the weights take on the disk, and the state of the optimizer where each process has all of it; at least."""

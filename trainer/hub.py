@@ -9,9 +9,11 @@ from concurrent.futures import wait
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, run_as_future
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 
 
@@ -22,8 +24,11 @@ logger = logging.getLogger(__name__)
 WAITS = (1, 2, 4, 8, 8)  # seconds
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
+CARD, REFUSED_CARD = "README.md", "Invalid metadata in README.md"  # as huggingface_hub says it
+TAKEN = ("library_name", "pipeline_tag", "tags")
+
 # The last one shows rows of the training data.
-NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
+NOT_PUSHED = ("_*", "README.before.md", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
 # Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
 WEIGHTS = (
     "model.safetensors",
@@ -80,6 +85,7 @@ def push_folder(folder, repository, token=None, revision=None, commit_message="U
     """
     Pushes a folder in one commit: all of it is in the repository afterwards, or what was there before.
 
+    A card whose metadata the Hub refuses goes up without it, with a warning: weights are not lost for a licence that is misspelt.
     Weights of an earlier push that the folder does not have are deleted in that commit. Checkpoints, the data report and names
     with a leading underscore stay here.
 
@@ -112,9 +118,9 @@ def push_folder(folder, repository, token=None, revision=None, commit_message="U
             f"`folder` ({folder}) has no weights, only {sorted(files)}: name the folder of a saved model."
         )
 
-    def commit():
+    def commit(**instead):
         # Made anew each time: it finds there what a commit has brought whose answer was lost.
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations = [CommitOperationAdd(name, content) for name, content in (files | instead).items()]
         weights = [f"{path_in_repo}/{pattern}".lstrip("/") for pattern in WEIGHTS]
         for name in api.list_repo_files(repository, revision=revision):
             if name not in files and any(fnmatch(name, pattern) for pattern in weights):
@@ -122,7 +128,19 @@ def push_folder(folder, repository, token=None, revision=None, commit_message="U
         return api.create_commit(repository, operations, commit_message=commit_message, revision=revision)
 
     try:
-        return _retried(commit)
+        try:
+            return _retried(commit)
+        except ValueError as error:
+            if REFUSED_CARD not in str(error):
+                raise
+            card, left_out = _card_without_metadata(files[CARD])
+            logger.warning(
+                "The Hub refuses the metadata of the card: %s\nIt is pushed without %s; mend `%s` and push again.",
+                _brief(error),
+                left_out,
+                files[CARD],
+            )
+            return _retried(lambda: commit(**{CARD: card}))
     except Exception as error:  # huggingface_hub raises a RuntimeError, too
         settings = {"revision": revision, "path_in_repo": path_in_repo or None}
         arguments = [json.dumps(str(folder.absolute())), json.dumps(repository)]
@@ -134,6 +152,21 @@ def push_folder(folder, repository, token=None, revision=None, commit_message="U
             f"Nothing is lost: `{folder.absolute()}` holds all of it. Log in (`hf auth login`) and try again with\n"
             f"    python -c {shlex.quote(code)}"
         ) from error
+
+
+def _card_without_metadata(path):
+    """A card with what the Hub takes of any model, as bytes, and the keys that it lost."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    block = REGEX_YAML_BLOCK.search(text)
+    try:
+        found = yaml.safe_load(block[2]) if block else {}
+    except yaml.YAMLError:
+        found = {}
+    found = found if isinstance(found, dict) else {}
+    kept = {key: found[key] for key in TAKEN if key in found}
+    head = f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" if kept else ""
+    body = text[block.end() :] if block else text
+    return f"{head}{body}".encode(), sorted(map(str, found.keys() - kept.keys())) or "any"
 
 
 def _retried(call):

@@ -109,6 +109,7 @@ class ProgressMixin:
 
     def _begin(self, checkpoint):
         """At the first step of a run, or of its rest."""
+        self._loaded_step = None
         self._saved_step, self._evaluation_due, self._run = self.state.global_step, False, uuid.uuid4().hex
         self._num_dropped = self._num_dropped_in_a_row = self._num_skipped_rows = 0
         self._totals["train"].clear()
@@ -123,7 +124,7 @@ class ProgressMixin:
             self._evaluation_due = progress.get("evaluation_due", False)
             self._run = progress.get("run")
         for entry in self.state.log_history:  # for the card, where none is made any more
-            self._note_evaluation(entry)
+            self._note_evaluation(entry, entry["step"])
         self._window = self._progress()
 
     def _run_epoch(self, *args, **kwargs):

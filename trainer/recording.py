@@ -10,6 +10,7 @@ from .objective import latent_statistics
 class RecordingMixin:
     """Of a trainer: running means of the terms and of the latents, see [`AMVLSFTTrainer`] for what is logged."""
 
+    _loaded_step = None  # of the best model, where that was loaded at the end
     _own_rows_of_stream = None  # of the evaluation's batch; a dataset's are counted by accelerate
 
     def _num_own_rows(self, num_rows):
@@ -71,9 +72,13 @@ class RecordingMixin:
             self._metrics[mode][name] = [value / weight]
         self._totals[mode].clear()
         super().log(logs, start_time)
-        self._note_evaluation(logs)
+        self._note_evaluation(logs, self._step_of_weights())
 
-    def _note_evaluation(self, logs):
+    def _step_of_weights(self):
+        return self.state.global_step if self._loaded_step is None else self._loaded_step
+
+    def _note_evaluation(self, logs, step):
         """For the card: an evaluation's logs, and not the summary of a run that ends with one."""
         if "eval_nll_prior" in logs:
             self._last_evaluation = {key: value for key, value in logs.items() if isinstance(value, float)}
+            self._last_evaluation["step"] = step

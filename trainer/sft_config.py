@@ -8,6 +8,8 @@ import torch
 from accelerate import PartialState
 from trl import SFTConfig
 
+from model_cards.metadata import check_license
+
 
 # The fields that make up the objective.
 OBJECTIVE = (
@@ -100,6 +102,12 @@ class AMVLSFTConfig(SFTConfig):
     freeze_vision: bool = field(default=True, metadata={"help": "Freeze the vision encoder, as in the paper."})
     max_completion_length: int | None = field(
         default=None, metadata={"help": "Most tokens of an answer. Longer rows raise."}
+    )
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, for their card, as the Hub calls it: `apache-2.0`, say. The card claims none by default."
+        },
     )
     allow_text_only_rows: bool = field(default=False, metadata={"help": "Accept rows without an image."})
     check_dataset: bool = field(
@@ -225,6 +233,7 @@ class AMVLSFTConfig(SFTConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` would bypass the latents or their loss: leave it at {harmless[0]!r}."
                 )
+        check_license(self.license)
         if self.max_skips_in_a_row < 1:
             raise ValueError(f"`max_skips_in_a_row` must be at least 1, got {self.max_skips_in_a_row}.")
         if self.on_nan_loss == "skip" and self.deepspeed_plugin is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, set_seed
 from trl import SFTTrainer
 
 from model_cards import render_card
+from model_cards.own_words import kept_words
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.adapters_amvl import save_beside_adapter
 
@@ -20,6 +21,7 @@ from .adapters import LATENT_MODULES, check_adapter, prepare_peft_config, settle
 from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
 from .data.stream_batches import undecoded
+from .describing import training_facts
 from .faults import FaultsMixin
 from .finite import FiniteMixin
 from .hub import HubMixin
@@ -30,7 +32,7 @@ from .progress import ProgressMixin
 from .recording import RecordingMixin
 from .schedules import kl_weights
 from .selftest import self_test
-from .sft_config import OBJECTIVE, AMVLSFTConfig
+from .sft_config import AMVLSFTConfig
 from .sharded_saving import ShardedSavingMixin, without_copies
 from .staged_backward import StagedBackwardMixin
 
@@ -427,25 +429,20 @@ class AMVLSFTTrainer(
             self._write_card(merged_dir or self.args.output_dir, model_name, dataset_name, merged_dir is not None)
 
     def _write_card(self, folder, model_name=None, dataset_name=None, is_merged=False):
-        shown = (*OBJECTIVE, "freeze_vision", "learning_rate", "seed")
-        settings = {name: getattr(self.args, name) for name in shown}
-        settings["optimiser steps"] = self.state.global_step
-        settings |= self.skipped()
-        settings["rows per step"] = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
-        card = render_card(
+        """The card, and what it is made of as `amvl_training.json`, from which recipes/write_card.py makes it again."""
+        facts = training_facts(
+            self,
             amvl_model(self.model).config,
-            model_name or Path(self.args.output_dir).name,
-            settings,
-            metrics=self._last_evaluation,
-            hub_model_id=self.hub_model_id,
-            datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
-            data_licences=getattr(getattr(self.train_dataset, "info", None), "license", None),
-            is_adapter=isinstance(self.model, PeftModel) and not is_merged,
-            base_revision=amvl_model(self.model).base_commit,
+            model_name or Path(self.args.output_dir).absolute().name,
+            self._last_evaluation,
+            self._step_of_weights(),
+            [dataset_name] if isinstance(dataset_name, str) else dataset_name or [],
+            is_merged,
         )
-        card.save(str(Path(folder) / "README.md"))
+        facts.save(folder)
+        cards = (Path(place) / "README.md" for place in (folder, self.args.output_dir))
+        words = next(filter(None, map(kept_words, cards)), "")
+        render_card(facts, own_words=words).save(Path(folder) / "README.md")
 
 
 def model_type_of(name, **kwargs):

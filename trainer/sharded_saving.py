@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from model_cards.facts import note_weights
 from modeling_amvl import AMVLConfig, AMVLForConditionalGeneration
 
 
@@ -129,6 +130,7 @@ def consolidate(checkpoint, output_dir, dtype="auto"):
         for file in checkpoint.iterdir():  # of the processor, generation settings, card
             if file.suffix in COPIED and file.name not in OF_THE_RUN and not (part / file.name).exists():
                 shutil.copy(file, part)
+        note_weights(part)  # the card's facts were written beside shards
         part.chmod(0o755)
         part.rename(output_dir)
     except BaseException:

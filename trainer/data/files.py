@@ -20,6 +20,11 @@ def is_hub_id(name):
     return HUB_ID.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
+def hub_address(name, revision=None):
+    """A dataset's repository as `datasets` writes where it has downloaded from: a card finds it there, see trainer/describing.py."""
+    return f"hf://datasets/{name}" + (f"@{revision}" if revision else "")
+
+
 def refuse_outside(source, folder, paths):
     """
     Refuses data files that lead out of a source's folder, as links or by their names.
@@ -57,6 +62,7 @@ class SourceFiles:
 
     def __init__(self, name, image_root=None, revision=None, patterns=None, lazy=False):
         self.name, self.repository, path = str(name), None, Path(name).absolute()
+        self.hub_address = None  # of the repository at its commit, as `datasets` writes it
         if path.is_dir():
             self.folder = path
         elif path.is_file():
@@ -65,9 +71,11 @@ class SourceFiles:
             try:
                 if lazy:
                     self.folder, self.repository = None, str(name)
+                    self.hub_address = hub_address(name)
                     self.revision, self.listing = revision, []
                     if not is_offline_mode():  # then what lies in a cache is found by its name
                         self.revision = HfApi().dataset_info(self.repository, revision=revision).sha
+                        self.hub_address = hub_address(name, self.revision)
                         self.listing = HfApi().list_repo_files(
                             self.repository, repo_type="dataset", revision=self.revision
                         )
@@ -75,6 +83,7 @@ class SourceFiles:
                     self.folder = Path(
                         snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns=patterns)
                     )
+                    self.hub_address = hub_address(name, self.folder.name)  # the cache calls a snapshot by its commit
             except Exception as error:  # of the network, of the Hub, of a name that it refuses
                 raise ValueError(
                     f"`{name}` is no local path, and the Hub does not give a dataset of this name: {error}"

@@ -24,6 +24,7 @@ from .report_page import draw_contact_sheet, save_report
 from .rows import FEATURES
 
 
+ON_THE_HUB = "sources on the Hub"  # in the settings of a report
 ROW_GROUP = 50  # rows that are read at once, images included
 
 
@@ -75,6 +76,8 @@ def _prepare(mixture, output_dir, readers, num_proc, repository):
     settings = {name: getattr(mixture, name) for name in ("answer", "processor", "min_pixels", "max_pixels")}
     if mixture.processor and Path(mixture.processor).exists():
         settings["processor"] = Path(mixture.processor).name  # where it lies is nobody else's business
+    addresses = dict.fromkeys(reader.files.hub_address for reader in readers["train"] if reader.files.hub_address)
+    settings[ON_THE_HUB] = " ".join(addresses) or None
     reports = {
         split: DataReport(work / split, licences_of(readers[split]), settings=settings)
         for split in SPLITS

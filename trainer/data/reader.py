@@ -454,6 +454,7 @@ class Reader:
             except ValueError:  # of a table without rows
                 return None
         dataset.info.license = licence_text(self.licences())
+        dataset.info.homepage = self.files.hub_address or ""
         return dataset
 
     @property

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from model_cards import render_diagnosis
-from model_cards.markdown import cell, percent, points
+from model_cards.markdown import percent, points, sentence
 
 from .verdict import NOT_COMPARED, SFT
 
@@ -115,4 +115,4 @@ def _reading(diagnosis):
 
 def _table(title, header, rows):
     lines = [header, ["---"] * len(header), *rows]
-    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(map(sentence, line)) + " |" for line in lines)

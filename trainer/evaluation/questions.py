@@ -190,6 +190,7 @@ def _read(benchmark, files, records, folder, answer_line):
         questions.append(Question(*fields))
     report = {"read": num_read, "kept": len(questions), "repaired": repaired, "dropped": dropped}
     tasks = BENCHMARKS[benchmark].tasks or ()
+    report["commit"] = (getattr(files, "hub_address", None) or "").partition("@")[2] or None
     report["missing_tasks"] = sorted(set(tasks) - {question.task for question in questions})
     if not questions:
         reasons = ", ".join(f"{entry['rows']} rows with {reason}" for reason, entry in dropped.items()) or "no row"

@@ -5,6 +5,8 @@ from itertools import combinations
 
 from scipy.stats import binomtest
 
+from model_cards import weights_fingerprint
+
 from .reply import LETTERS, read_reply
 from .scores import accuracy_by_task, chance_hits, constant_answers, paired_bootstrap, total_score
 
@@ -77,6 +79,7 @@ def summarize(question_set, arms, answers, settings, confidence=0.95, num_resamp
             "tau": arm.temperature,
             "image_budget": arm.image_budget,
             **arm.version,
+            "weights_sha256": weights_fingerprint(arm.path, arm.version.get("revision") or arm.version.get("commit")),
             "unparsed": read.count(None),
             "letters": dict(sorted(Counter(filter(None, read)).items())),
             "letter_accuracy": _letter_accuracy(given, questions, tasks, rule),
