@@ -37,6 +37,7 @@ ELSEWHERE = {
     '-e ".[dev]"': "../.ci/run",
     'pip install -c constraints.txt -e ".[deepspeed]"': "../.ci/run",
     "--config_file recipes/accelerate/": "distributed/test_engines.py::test_an_engine_takes_the_steps_of_one_process",
+    "recipes/serve_amvl.py": "test_serving.py::test_the_example_of_the_recipe",
     "sbatch ": "distributed/test_engines.py::test_a_job_of_slurm_joins_its_machines",
     "recipes/consolidate_amvl.py": "distributed/test_engines.py::test_an_engine_resumes_exactly_and_its_checkpoint_becomes_one_model",
 }
