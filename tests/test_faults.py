@@ -49,6 +49,7 @@ SETTINGS = {
     "eval_strategy": "steps",
     "eval_steps": 4,
     "disable_tqdm": True,
+    "training_summary": False,
     "report_to": "none",
 }
 TIMES = re.compile("runtime|per_second|preparation_time")

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 WAITS = (1, 2, 4, 8, 8)  # seconds
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
-# The last one shows rows of the training data.
-NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
+# The last but one shows rows of the training data, the last quotes warnings, which name folders.
+NOT_PUSHED = ("_*", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*", "training_summary.*")
 # Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
 WEIGHTS = (
     "model.safetensors",
