@@ -177,7 +177,9 @@ def test_a_run_that_is_stopped_and_its_rest_leave_one_each(run, tmp_path):
         trainer.train()
     page = assert_summary(tmp_path / "run")
     step = trainer.state.global_step
-    assert 2 <= step < 4 and f"Stopped after {step} of 4 steps by SIGTERM" in page.text
+    assert (
+        2 <= step < 4 and f"Stopped after {step} of 4 steps by SIGTERM. It goes on from checkpoint-{step}" in page.text
+    )
     assert f"checkpoint-{step}" in page.links
 
     trainer = run()

@@ -141,7 +141,7 @@ class SummaryMixin:
             )
         return {
             "title": f"Training summary: {Path(args.output_dir).absolute().name}",
-            "end": ending(state, error),
+            "end": ending(state, error, self._saved_in),
             "failed": error is not None,
             "gap": gap_sentence(state.log_history),
             "skipped": skipped_sentence(self._num_skipped_rows, self._num_dropped, args),
@@ -211,8 +211,8 @@ def recorded(counts):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ending(state, error):
-    """`str`: how far a run came, and what ended it."""
+def ending(state, error, checkpoint=None):
+    """`str`: how far a run came, what ended it, and how it goes on."""
     steps = f"{state.global_step:,} of {state.max_steps:,} steps"
     if error is None:
         return f"Finished: {steps}." if state.global_step >= state.max_steps else f"Ended early: {steps}."
@@ -222,7 +222,8 @@ def ending(state, error):
         why = "Ctrl-C"
     else:
         why = f"{type(error).__name__}: {error}"
-    return f"Stopped after {steps} by {why}"
+    rest = f" It goes on from {Path(checkpoint).name} with `resume_from_checkpoint=True`." if checkpoint else ""
+    return f"Stopped after {steps} by {why.removesuffix('.')}.{rest}"
 
 
 def last_evaluations(log_history):
