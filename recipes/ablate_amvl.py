@@ -9,7 +9,6 @@ many at a time as there are processors; what is done is kept, and the same comma
 ablation.png and results.json. Offline, on CPUs; needs `pip install -e '.[demo]'`.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,11 +24,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 from trl import TrlParser
 
 from trainer.ablation.arms import ARMS
 from trainer.ablation.page import draw, summarise, table, temperatures, verdict
+from trainer.bars import bar, quiet_libraries
 from trainer.data.report import write_atomically
 from trainer.measuring import facts_line, machine_facts
 
@@ -67,8 +66,6 @@ class AblationArguments:
             raise ValueError(f"`num_test_rows` must be at least 4, two of each kind, got {self.num_test_rows}.")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"`learning_rate` must be above 0, got {self.learning_rate}.")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("`matplotlib` is needed for the picture and is missing: `pip install -e '.[demo]'`.")
         known = [arm.name for arm in ARMS]
         unknown = [name for name in self.arms or [] if name not in known]
         if unknown or self.arms == []:
@@ -228,7 +225,7 @@ def main(arguments):
                 for arm, seed in missing
             }
             try:
-                for future in tqdm(as_completed(futures), total=len(futures), desc="Runs", disable=not futures):
+                for future in bar(as_completed(futures), total=len(futures), desc="Runs", disable=not futures):
                     arm, seed = futures[future]
                     finished(future, arm, seed)
                     path = record_path(folder, arm, seed)
@@ -240,4 +237,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(*TrlParser((AblationArguments,)).parse_args_and_config())

@@ -5,7 +5,7 @@
 
 The data is a folder that recipes/prepare_data.py or recipes/make_puzzles.py wrote, a Hub id or folder in another form named by
 `--dataset_format`, or `color_steps`, questions made on the fly about held-out photographs. Writes the verdict with its tables
-(`diagnosis.md`, `diagnosis.json`) and pictures into `output_dir`. Needs `pip install -e '.[demo]'`.
+(`diagnosis.md`, `diagnosis.json`) and pictures into `output_dir`. Needs `pip install -e '.[eval]'`.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from model_cards import update_card, weights_fingerprint
 from model_cards.diagnosis import check_card
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
+from trainer.bars import bar, quiet_libraries
 from trainer.data.color_steps import FIRST_STEPS, build_color_steps
 from trainer.data.sources import READERS, read_rows
 from trainer.diagnostics import pictures
@@ -74,9 +74,8 @@ class DiagnoseArguments:
     update_card: bool = field(default=False, metadata={"help": "Write verdict and table into the checkpoint's card."})
 
     def __post_init__(self):
-        for module, package in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
-            if importlib.util.find_spec(module) is None:
-                raise ImportError(f"`{package}` is needed for a diagnosis and is missing: `pip install -e '.[demo]'`.")
+        if importlib.util.find_spec("sklearn") is None:
+            raise ImportError("`scikit-learn` is needed for a diagnosis and is missing: `pip install -e '.[eval]'`.")
         least_of = {"max_rows": 2, "num_sweep_rows": 2, "batch_size": 1, "max_new_tokens": 1, "seed": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
@@ -153,7 +152,7 @@ def load_checkpoint(name, device):
 def answer_controls(arguments, rows, device):
     """Answers of each control, one model at a time."""
     answers = {}
-    for control in tqdm(arguments.controls, desc="Controls", leave=False, disable=not arguments.controls):
+    for control in bar(arguments.controls, desc="Controls", leave=False, disable=not arguments.controls):
         name, _, path = control.partition("=")
         if model_type_of(path) == "amvl":
             model, processor = load_checkpoint(path, device)
@@ -256,4 +255,5 @@ def with_names(words):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(*HfArgumentParser(DiagnoseArguments).parse_args_into_dataclasses(with_names(sys.argv[1:])))

@@ -9,7 +9,7 @@ later model to each earlier one with intervals. Cut off, it goes on where it was
     accelerate launch --num_processes 2 recipes/evaluate_amvl.py ...
 
 where each process takes every other question (on CPUs `torchrun --standalone --nproc_per_node 2`). Without a Hub, `--data` names a local folder of the same shape; `--benchmark
-puzzles` without it makes questions from photographs, which needs `pip install -e '.[demo]'`.
+puzzles` without it makes questions from photographs, which needs `pip install -e '.[eval]'`.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from trl import TrlParser
 
+from trainer.bars import quiet_libraries
 from trainer.evaluation.benchmarks import BENCHMARKS
 from trainer.evaluation.models import load_model, parse_models, plan_arms
 from trainer.evaluation.questions import prepare_questions
@@ -153,4 +154,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(*TrlParser((EvaluationArguments,)).parse_args_and_config())

@@ -3,7 +3,7 @@
     python recipes/make_puzzles.py --output_dir puzzles --num_rows 1000 --num_val_rows 500
     python recipes/make_puzzles.py --output_dir puzzles --image_dir photographs --kinds Jigsaw Counting --difficulty 0.2 0.8
 
-`datasets.load_dataset("puzzles", "Jigsaw", split="val")` reads them back. Needs `pip install -e '.[demo]'`. With 200
+`datasets.load_dataset("puzzles", "Jigsaw", split="val")` reads them back. Needs `pip install -e '.[eval]'`. With 200
 and 100 rows of each of the nine kinds it took 61 seconds of one core and wrote 539 MB: pictures are not compressed.
 """
 
@@ -18,9 +18,9 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 from trl import TrlParser
 
+from trainer.bars import bar, quiet_libraries
 from trainer.data.puzzles import (
     FEATURES,
     KINDS,
@@ -101,7 +101,7 @@ def generate(arguments: PuzzleArguments, sides: dict, kind: str, split: str, num
 def write(rows, path: Path, label: str, num_rows: int) -> None:
     """Writes rows as they are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter(tqdm(rows, desc=label, total=num_rows, unit="row"))
+    rows = iter(bar(rows, desc=label, total=num_rows, unit="row"))
     with pq.ParquetWriter(path, FEATURES.arrow_schema) as writer:
         while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
             writer.write_table(datasets.Dataset.from_list(batch, features=FEATURES).with_format("arrow")[:])
@@ -187,5 +187,6 @@ def main(arguments: PuzzleArguments, command: str = "") -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     (parsed,) = TrlParser((PuzzleArguments,)).parse_args_and_config()
     main(parsed, " ".join(sys.argv[1:]))

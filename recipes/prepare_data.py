@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from trainer.bars import quiet_libraries
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import make_repository, prepare, push
 
@@ -42,4 +43,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(*HfArgumentParser(PrepareArguments).parse_args_into_dataclasses())

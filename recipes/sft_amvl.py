@@ -24,6 +24,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from trainer import AMVLSFTConfig, AMVLSFTTrainer
 from trainer.adapters import merge_adapter
+from trainer.bars import quiet_libraries
 from trainer.data.files import hub_address, is_hub_id
 from trainer.data.mixture import Mixture
 from trainer.data.prepare import ON_THE_HUB, report_of
@@ -282,6 +283,7 @@ def main(arguments, training_args, model_config):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     from trainer.demo import DemoArguments, run_demo
 
     given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}

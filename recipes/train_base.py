@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCardData
 from trl import TrlParser
 
+from trainer.bars import quiet_libraries
 from trainer.base import KINDS, build_base
 from trainer.data.color_steps import MULTI_HOP, build_color_steps
 from trainer.evaluation import accuracy_on, answer_questions, format_table, guesses
@@ -103,4 +104,5 @@ whole; chance and the constant answer are of questions):
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     main(*TrlParser((BaseArguments,)).parse_args_and_config())

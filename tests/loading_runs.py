@@ -93,6 +93,7 @@ def run(folder, num_rows=11, shards=None, buffer=0, broken=(), resume=None, eval
     quiet = {
         "report_to": "none",
         "disable_tqdm": True,
+        "training_summary": False,
         "logging_strategy": "no",
         "self_test": False,
         "check_dataset": False,

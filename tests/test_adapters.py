@@ -66,6 +66,7 @@ def make_trainer(make_model, processor, rows, tmp_path):
             "use_cpu": True,
             "bf16": False,
             "disable_tqdm": True,
+            "training_summary": False,
             "save_strategy": "no",
             "learning_rate": 1e-2,
             "per_device_train_batch_size": 4,
@@ -497,7 +498,7 @@ for part in (backbone, processor):
     part.push_to_hub("someone/stock", token=token)
 args = AMVLSFTConfig(
     str(root / "run"), push_to_hub=True, hub_token=token, hub_model_id="someone/adapter", max_steps=4, learning_rate=0.05,
-    per_device_train_batch_size=2, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, self_test=False,
+    per_device_train_batch_size=2, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, training_summary=False, self_test=False,
     gradient_checkpointing=False, save_strategy="no",
 )
 arguments = sft_amvl.AMVLScriptArguments(dataset_name=str(root / "rows"), num_latents=3, latent_size=8, merge_lora=False)

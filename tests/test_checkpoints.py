@@ -35,6 +35,7 @@ SETTINGS = {
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
+    "training_summary": False,
     "report_to": "none",
     "self_test": False,
 }

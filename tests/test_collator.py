@@ -532,7 +532,14 @@ def test_a_malformed_row_is_refused_before_training(model, processor, tmp_path, 
 
 def build_trainer(model, processor, folder, rows, eval_rows=None, **settings):
     args = AMVLSFTConfig(
-        str(folder / "run"), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, max_steps=1, **settings
+        str(folder / "run"),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        training_summary=False,
+        max_steps=1,
+        **settings,
     )
     return AMVLSFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
 

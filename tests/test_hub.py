@@ -312,7 +312,7 @@ processor.save_pretrained(root / "stock")
 rows.save_to_disk(root / "rows")
 settings = {
     "push_to_hub": True, "hub_token": token, "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01,
-    "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
+    "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "training_summary": False, "gradient_checkpointing": False,
     "self_test": False,
 }
 processor = AMVLProcessor.from_backbone(processor)

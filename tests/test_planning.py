@@ -145,6 +145,7 @@ def measure(text_size, text_layers, num_words, lora=False, **settings):
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            training_summary=False,
         )
         trainer = AMVLSFTTrainer(
             model,

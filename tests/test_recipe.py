@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from trl import ModelConfig, TrlParser
 
 import trainer.demo
+import trainer.summary
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from recipes import sft_amvl
 from recipes.prepare_data import PrepareArguments
@@ -154,7 +155,7 @@ def assert_demo_output(output, folder, num_rows):
     written = (folder / "results.md").read_text().strip()
     assert written in output and f"{num_rows} questions about held-out photographs" in written
 
-    with Image.open(folder / "curves.png") as picture:
+    with Image.open(folder / "training_summary.png") as picture:
         assert picture.format == "PNG" and picture.width >= 1000 and picture.height >= 600
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     colorful = np.unique(pixels[np.ptp(pixels, axis=1) > 60], axis=0)
@@ -186,13 +187,13 @@ def test_the_embedded_default_as_a_command_prints_lines_that_answer_alike_in_a_f
 def run_demo_here(monkeypatch, **settings):
     """The same run in this process: what it printed and what the trainer logged."""
     logged = []
-    plot = trainer.demo.plot_training_curves
+    plot = trainer.summary.plot_training_curves
 
     def plot_and_keep(history, *args):
         logged.extend(history)
         return plot(history, *args)
 
-    monkeypatch.setattr(trainer.demo, "plot_training_curves", plot_and_keep)
+    monkeypatch.setattr(trainer.summary, "plot_training_curves", plot_and_keep)
     num_threads, output = torch.get_num_threads(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -329,6 +330,7 @@ SETTINGS = {
     "save_strategy": "no",
     "logging_steps": 1,
     "disable_tqdm": True,
+    "training_summary": False,
     "report_to": "none",
 }
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 64, "lora_target_modules": ["q_proj", "v_proj"]}

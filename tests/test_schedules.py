@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer import AMVLSFTConfig
-from trainer.schedules import kl_weights, ramp, resolve_steps
+from trainer.schedules import kl_weights, phase, phases, ramp, resolve_steps
 
 
 pytestmark = pytest.mark.any_release
@@ -134,3 +134,52 @@ def test_defaults_of_the_function_are_those_of_the_configuration(tmp_path):
     parameters = inspect.signature(kl_weights).parameters
     for name in ("order", "warmup_steps", "delay_steps"):
         assert parameters[name].default == getattr(config, f"kl_{name}"), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step's weights are called
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"order": "forward_first"},
+            [("forward warm-up", 0, 9), ("forward alone", 9, 30), ("reverse ramp", 30, 39), ("both", 39, 100)],
+        ),
+        (
+            {"order": "reverse_first"},
+            [("reverse warm-up", 0, 9), ("reverse alone", 9, 30), ("forward ramp", 30, 39), ("both", 39, 100)],
+        ),
+        ({"order": "together"}, [("warm-up of both", 0, 9), ("both", 9, 100)]),
+        ({"order": "together", "gamma": 0.0}, [("forward warm-up", 0, 9), ("forward alone", 9, 100)]),
+        (
+            {"order": "forward_first", "beta": 0.0},
+            [("no KL term", 0, 30), ("reverse warm-up", 30, 39), ("reverse alone", 39, 100)],
+        ),
+        ({"beta": 0.0, "gamma": 0.0}, [("no KL term", 0, 100)]),
+        ({"warmup_steps": 0, "delay_steps": 0, "order": "forward_first"}, [("both", 0, 100)]),
+        ({"delay_steps": 1000, "order": "forward_first"}, [("forward warm-up", 0, 9), ("forward alone", 9, 100)]),
+    ],
+)
+def test_the_phases_of_a_run_by_name(settings, expected):
+    assert phases(100, **{"beta": 2.0, "gamma": 0.5, **settings}) == expected
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 100, 1013])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("warmup", "delay"), [(0.1, 0.3), (0.5, 0.2), (0, 3), (13, 2), (0.999, 0.999)])
+def test_the_phases_are_those_of_each_step_and_name_what_its_weights_are(num_steps, order, warmup, delay):
+    settings = (num_steps, 2.0, 0.5, order, warmup, delay)
+    found = phases(*settings)
+    assert [start for _, start, _ in found] + [num_steps] == [0] + [end for _, _, end in found]
+    assert [name for name, start, end in found for _ in range(start, end)] == [
+        phase(step, *settings) for step in range(num_steps)
+    ]
+    for step in range(num_steps):
+        beta, gamma = kl_weights(step, *settings)
+        name = phase(step, *settings)
+        assert (beta == 2.0 and gamma == 0.5) == (name == "both")
+        assert (beta > 0 and gamma > 0) == (name in ("both", "warm-up of both", "forward ramp", "reverse ramp"))
+        assert ("alone" in name) == ({beta / 2.0, gamma / 0.5} == {0.0, 1.0})

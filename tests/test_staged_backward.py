@@ -28,7 +28,14 @@ def make_trainer(rows, tmp_path):
             backbone, latent_token_id=processor.latent_token_id, num_latents=2, latent_size=8
         )
         settings = {"bf16": False, "report_to": "none", "use_cpu": True, "self_test": False} | settings
-        args = AMVLSFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=8, disable_tqdm=True, **settings)
+        args = AMVLSFTConfig(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=8,
+            disable_tqdm=True,
+            training_summary=False,
+            **settings,
+        )
         return AMVLSFTTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
 
     return make

@@ -10,7 +10,6 @@ from .base import add_latents, load_base
 from .data.color_steps import FIRST_STEPS, build_color_steps
 from .diagnostics.interventions import swap_cost
 from .evaluation import accuracy_on, answer_questions, answer_text, format_table, guesses
-from .pictures import plot_training_curves
 from .tiny_training import train_amvl, train_sft
 
 
@@ -100,7 +99,7 @@ def run_demo(arguments):
 
     trainer.save_model(str(output_dir))
     trainer.create_model_card(model_name=output_dir.name)
-    curves = plot_training_curves(trainer.state.log_history, output_dir / "curves.png", "AMVL on the embedded base")
+    curves = output_dir / "training_summary.html"
     table = format_table(columns, [*kinds, "mean"])
     settings = (
         f"{len(test_rows)} questions about held-out photographs, greedy, exact answers, per cent; k = "

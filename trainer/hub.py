@@ -27,8 +27,11 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 CARD, REFUSED_CARD = "README.md", "Invalid metadata in README.md"  # as huggingface_hub says it
 TAKEN = ("library_name", "pipeline_tag", "tags")
 
-# The last one shows rows of the training data.
-NOT_PUSHED = ("_*", "README.before.md", "checkpoint-*", "weights-*", ".git/*", ".cache/*", "data_report/*")
+# The last but one shows rows of the training data, the last quotes warnings, which name folders.
+NOT_PUSHED = (
+    *("_*", "README.before.md", "checkpoint-*", "weights-*", ".git/*", ".cache/*"),
+    *("data_report/*", "training_summary.*"),
+)
 # Of an earlier save or push, in other pieces or as an adapter: transformers would load them instead of those of the folder.
 WEIGHTS = (
     "model.safetensors",

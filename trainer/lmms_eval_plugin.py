@@ -12,12 +12,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging
 
 from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 
+from .bars import bar
 from .collator import read_image
 from .sft_trainer import model_type_of
 
@@ -110,7 +110,7 @@ class AMVL(lmms):
             grouping=True,
         )
         results = []
-        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
+        with bar(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
             for batch in collator.get_batched(n=self.batch_size):
                 results += self._answer(batch)
                 progress.update(len(batch))

@@ -4,7 +4,6 @@ Shapes: B batch, P prompt, D model size.
 """
 
 import contextlib
-import functools
 import time
 from dataclasses import dataclass, field
 
@@ -12,6 +11,8 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_amvl.branching_amvl import output_embeddings
+
+from .bars import bar
 
 
 # Between two orders of the same arithmetic. Beyond that a difference is allowed that rounding alone makes: this many times
@@ -47,7 +48,7 @@ class SelfTestReport:
         return f"relative differences {', '.join(differences)}"
 
 
-def self_test(model, inputs, forward=None):
+def self_test(model, inputs, forward=None, shows_progress=False):
     """
     Compares the shared plan with the full plan on one batch, and the prompt's cache before and after its branches.
 
@@ -59,6 +60,7 @@ def self_test(model, inputs, forward=None):
         model ([`AMVLForConditionalGeneration`]): as it is trained; dropout is off while it is tested.
         inputs (`dict`): a batch as the collator returns it.
         forward (`Callable`, *optional*): what is called with `inputs`, a `PeftModel` around `model` say.
+        shows_progress (`bool`, defaults to `False`): a bar over the five computations.
 
     Returns:
         [`SelfTestReport`].
@@ -70,8 +72,14 @@ def self_test(model, inputs, forward=None):
     start = time.perf_counter()
     report = SelfTestReport()
     device = model.get_input_embeddings().weight.device
-    step = functools.partial(_step, model, model if forward is None else forward, inputs)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _without_dropout(model):
+    progress = bar(total=5, desc="Self-test", leave=False, disable=not shows_progress)
+
+    def step(plan, **settings):
+        results = _step(model, model if forward is None else forward, inputs, plan, **settings)
+        progress.update()
+        return results
+
+    with progress, torch.random.fork_rng([device] if device.type == "cuda" else []), _without_dropout(model):
         expected, dtype = step("full")
         if dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
             dtype = torch.float16  # TF32 has the digits of it

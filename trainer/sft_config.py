@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from model_cards.metadata import check_license
@@ -157,6 +158,13 @@ class AMVLSFTConfig(SFTConfig):
         },
     )
 
+    training_summary: bool = field(
+        default=True,
+        metadata={
+            "help": "However the run ends, write `training_summary.html` and its curves as `training_summary.png` into `output_dir`."
+        },
+    )
+
     def __getstate__(self):
         return {**vars(self), "hub_token": None}  # training_args.bin is a pickle of this, and goes to the Hub
 
@@ -190,6 +198,9 @@ class AMVLSFTConfig(SFTConfig):
         if "RANK" in os.environ and not torch.accelerator.is_available() and PartialState._shared_state == {}:
             self._join_cpu_ranks()
         super().__post_init__()
+        # transformers makes them when the model and the data are there; one that is unknown or not installed is told now.
+        for callback in get_reporting_integration_callbacks(self.report_to):
+            callback()
         if self._uses_fsdp():
             version = self.fsdp_plugin_args["fsdp_version"] if self.fsdp else os.environ.get("FSDP_VERSION", "1")
             if int(version) == 1:

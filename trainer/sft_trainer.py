@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, set_seed
 from trl import SFTTrainer
 
@@ -18,8 +17,10 @@ from modeling_amvl import AMVLForConditionalGeneration, AMVLProcessor
 from modeling_amvl.adapters_amvl import save_beside_adapter
 
 from .adapters import LATENT_MODULES, check_adapter, prepare_peft_config, settle_adapter
+from .bars import bar
 from .checkpoints import CheckpointMixin
 from .collator import AMVLDataCollator
+from .console import show_progress
 from .data.stream_batches import undecoded
 from .describing import training_facts
 from .faults import FaultsMixin
@@ -35,12 +36,14 @@ from .selftest import self_test
 from .sft_config import AMVLSFTConfig
 from .sharded_saving import ShardedSavingMixin, without_copies
 from .staged_backward import StagedBackwardMixin
+from .summary import SummaryMixin, keeps_warnings
 
 
 logger = logging.getLogger(__name__)
 
 
 class AMVLSFTTrainer(
+    SummaryMixin,
     RecordingMixin,
     FiniteMixin,
     FaultsMixin,
@@ -80,6 +83,7 @@ class AMVLSFTTrainer(
     # Both terms are divided by the tokens and rows of the whole step, accumulation and devices included.
     loss_is_scaled_for_ga = True
 
+    @keeps_warnings
     def __init__(
         self,
         model,
@@ -152,6 +156,7 @@ class AMVLSFTTrainer(
                 "`train_dataset` is a stream without rows: look at how it is filtered, and at its files."
             ) from None
         self.train_dataset = rows
+        show_progress(self)
         if isinstance(self.model, PeftModel):
             self._settle_adapter()
         # SFTTrainer computes its loss in a forward of its own, patched in here: it knows nothing of latents.
@@ -282,6 +287,7 @@ class AMVLSFTTrainer(
         else:
             everywhere = counts
         num_rows = everywhere[..., 1].T.flatten()
+        self._num_rows_taken += int(num_rows.sum())
         first_rows = (num_rows.cumsum(0) - num_rows)[self.args.process_index :: self.args.world_size]
         self._first_rows = first_rows.tolist()
         if self.args.average_tokens_across_devices:
@@ -353,10 +359,10 @@ class AMVLSFTTrainer(
         """Before the first step and the first evaluation: is the plan in use exact on this backbone and machine?"""
         model = amvl_model(self.model)
         name = f"`{type(model.backbone).__name__}`"
-        asked = model.config.multipass
+        asked, args = model.config.multipass, self.args
         unchecked = full_failed = failed = ""
         try:
-            report = self_test(model, inputs, forward=self.model)
+            report = self_test(model, inputs, self.model, shows_progress=not args.disable_tqdm)
             full_failed, failed = "; ".join(report.full_failed), "; ".join(report.failed)
         except Exception as error:  # a batch that is not finite, or memory for the full plan that the run may not need
             unchecked = f"{type(error).__name__}: {error}"
@@ -472,5 +478,5 @@ def check_dataset(dataset, collator, name):
     if dataset.format["type"] != "custom":
         batches = dataset.with_format("arrow").iter(batch_size=16)
         rows = (row for batch in batches for row in batch.to_pylist())
-    for index, row in enumerate(tqdm(rows, total=len(dataset), desc=f"Checking {name}", leave=False)):
+    for index, row in enumerate(bar(rows, total=len(dataset), desc=f"Checking {name}", leave=False)):
         collator.render(row, f"Row {index} of `{name}`", open_images=False)

@@ -5,6 +5,7 @@ import os
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from .console import show_progress
 from .sft_config import AMVLSFTConfig
 from .sft_trainer import AMVLSFTTrainer
 
@@ -61,6 +62,7 @@ def train_sft(model, processor, rows, output_dir, num_steps, batch_size=32, lear
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**(arguments | config)), train_dataset=rows, processing_class=processor
     )
+    show_progress(trainer)
     trainer.train()
     model.zero_grad(set_to_none=True)
     model.eval()

@@ -62,7 +62,15 @@ def run_arm(arm, seed, num_steps, num_train_rows, num_test_rows, batch_size, lea
             torch.nn.init.normal_(weight, std=float(weight.detach().square().mean().sqrt()))
         start = time.perf_counter()
         peft_config = LoraConfig(**arm.lora) if arm.lora else None
-        train_amvl(model, processor, train_rows, output_dir, peft_config=peft_config, **{**shared, **arm.training})
+        train_amvl(
+            model,
+            processor,
+            train_rows,
+            output_dir,
+            peft_config=peft_config,
+            **{**shared, **arm.training},
+            training_summary=False,
+        )
     else:
         model, processor = load_base()
         model.get_encoder(modality="image").requires_grad_(False)

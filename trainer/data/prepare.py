@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from tqdm.auto import tqdm
 
 from model_cards import render_dataset_card
 
+from ..bars import bar
 from .files import is_hub_id
 from .mixture import SPLITS, hashes_of, licences_of, warn_of_empty
 from .report import DataReport, write_atomically
@@ -182,12 +182,12 @@ def _run(tasks, readers, output_dir, num_proc, split):
     done = {name: note["rows"] for name in names if (note := _note_of(folder, output_dir / "data", name)) is not None}
     left = [(name, number, place) for name, (number, place) in zip(names, tasks) if name not in done]
     rows = sum(done.values())
-    with tqdm(total=len(tasks), initial=len(done), desc=f"{split}: shards", disable=not tasks) as bar:
-        bar.set_postfix(rows=rows)
+    with bar(total=len(tasks), initial=len(done), desc=f"{split}: shards", disable=not tasks) as progress:
+        progress.set_postfix(rows=rows)
         for num_rows in _each(left, readers, folder, split == "test", min(num_proc, len(left) or 1)):
             rows += num_rows
-            bar.set_postfix(rows=rows)
-            bar.update()
+            progress.set_postfix(rows=rows)
+            progress.update()
 
 
 def _note_of(folder, data, name):

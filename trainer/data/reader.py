@@ -14,6 +14,7 @@ from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard
 
+from ..bars import bar
 from ..collator import AMVLDataCollator
 from .files import BadLine, SourceFiles, read_records
 from .filters import load_filter
@@ -448,7 +449,7 @@ class Reader:
             dataset = IterableDataset.from_generator(_rows_of, **settings)
         else:
             try:
-                dataset = Dataset.from_generator(_rows_of, cache_dir=scratch_folder(), **settings)
+                dataset = Dataset.from_generator(_rows_shown, cache_dir=scratch_folder(), **settings)
             except DatasetGenerationError as error:  # hides what was raised
                 raise error.__cause__ or error from None
             except ValueError:  # of a table without rows
@@ -500,6 +501,18 @@ def licence_text(licences):
 def _rows_of(reader, shards):
     for shard in shards:
         yield from reader.rows(shard)
+
+
+def _rows_shown(reader, shards):
+    """The same with a bar over the shards; a table of one shard tells its rows alone."""
+    with bar(total=len(shards), desc=f"Reading {Path(reader.name).name}", unit="shard", leave=False) as progress:
+        num_rows = 0
+        for shard in shards:
+            for row in reader.rows(shard):
+                num_rows += 1
+                progress.set_postfix_str(f"{num_rows:,} rows", refresh=num_rows % 100 == 0)
+                yield row
+            progress.update()
 
 
 def _count_tokens(collator, row):

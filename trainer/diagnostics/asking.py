@@ -7,8 +7,8 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..collator import AMVLDataCollator
 from ..evaluation.answering import evaluating
 
@@ -67,9 +67,7 @@ def batches(model, processor, rows, questions, batch_size, description, image_fr
         `tuple`: the indices of the rows as a slice, their images, the prompt's inputs, and the two of the completion.
     """
     collator = AMVLDataCollator(processor, allow_text_only=True)
-    for start in tqdm(
-        range(0, len(questions), batch_size), desc=description, leave=False, disable=description is None
-    ):
+    for start in bar(range(0, len(questions), batch_size), desc=description, leave=False, disable=description is None):
         indices = range(start, min(start + batch_size, len(questions)))
         images = [_images_of(rows[index if image_from is None else int(image_from[index])]) for index in indices]
         batch = collator(

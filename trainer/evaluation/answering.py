@@ -4,8 +4,8 @@ import time
 from contextlib import contextmanager
 
 import torch
-from tqdm.auto import tqdm
 
+from ..bars import bar
 from ..collator import AMVLDataCollator
 from .letters import draw_latents, letter_log_probs
 
@@ -55,7 +55,7 @@ def answer_questions(
 
 def _answers(model, processor, rows, source, has_latents, batch_size, max_new_tokens, description):
     collator, answers = AMVLDataCollator(processor, allow_text_only=True), []
-    for start in tqdm(range(0, len(rows), batch_size), desc=description, leave=False):
+    for start in bar(range(0, len(rows), batch_size), desc=description, leave=False):
         indices = range(start, min(start + batch_size, len(rows)))
         batch = {key: value.to(model.device) for key, value in collator([rows[index] for index in indices]).items()}
         completion = {name: batch.pop(name) for name in ("completion_ids", "completion_mask")}

@@ -7,8 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from ..bars import bar
 from ..data.files import BadLine
 from ..data.images import check_image, store_image
 from ..data.report import write_atomically
@@ -161,7 +160,7 @@ def refuse_other_settings(folder, written, given):
 
 def _read(benchmark, files, records, folder, answer_line):
     convert, questions, repaired, dropped, num_read = BENCHMARKS[benchmark].convert, [], {}, {}, 0
-    for number, (task, record) in enumerate(tqdm(records, desc=f"Reading {benchmark}", unit="row")):
+    for number, (task, record) in enumerate(bar(records, desc=f"Reading {benchmark}", unit="row")):
         num_read += 1
         try:
             if not isinstance(record, dict):

@@ -272,7 +272,7 @@ def _chart(results):
     """Accuracy per task with its interval, chance and the constant answer as lines; a PNG in base64."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:  # of the extra `demo`
+    except ImportError:  # a broken one: questions were paid for
         return None
     tasks = [*(task for task in results["num_questions"] if task != TOTAL), TOTAL]
     arms, columns = results["arms"], results["columns"]

@@ -4,8 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from ..bars import bar
 from ..collator import AMVLDataCollator
 from ..data.report import write_atomically
 from .answering import answer_batch
@@ -82,7 +81,7 @@ class Run:
         state.wait_for_everyone()  # all have seen the same answers before one adds to them
         left = [number for number in range(len(questions)) if number not in done]
         mine = left[state.process_index :: state.num_processes]
-        progress = tqdm(
+        progress = bar(
             total=len(mine), desc=f"Asking {arm.name}", unit="question", disable=not state.is_local_main_process
         )
         with open(self.folder / f"answers-{state.process_index}.jsonl", "a", encoding="utf-8") as file, progress:
