@@ -1,0 +1,450 @@
+"""Asks an AMVL model about a photograph: latents on, shuffled and off, over sampled latents, and where they look.
+
+    MODEL=amvl-demo python app.py
+
+`MODEL` is a folder, or a Hub id with the 40 digits of a commit as `REVISION`, since the code that comes with a model is run.
+Needs transformers (with torch), gradio and, on ZeroGPU, spaces.
+"""
+
+import html
+import json
+import os
+import re
+import time
+import traceback
+from collections import Counter
+
+
+try:
+    import spaces  # first, since ZeroGPU changes torch as it is imported
+except ImportError:
+    spaces = None
+    print("`spaces` is not installed: fine anywhere but on ZeroGPU, where `pip install spaces` is needed.")
+
+import gradio as gr
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers.utils import cached_file, is_torch_cuda_available
+
+
+MODEL = os.environ.get("MODEL", "amvl-demo")
+REVISION = os.environ.get("REVISION", "")
+
+MAX_QUESTION = 500  # characters
+MAX_PIXELS = 50_000_000  # of a photo as it is uploaded
+MAX_SIDE = 1024  # pixels, what a photo is scaled down to
+MAX_FILE_SIZE = "20mb"
+MAX_NEW_TOKENS = 64
+MAX_TEMPERATURE = 3.0
+MAX_SEED = 2**32 - 1
+NUM_SAMPLES = (8, 16)
+NUM_CELLS = 6  # along each side of the map
+MAP_BATCH = 12  # photos at a time
+GPU_SECONDS = 120  # of ZeroGPU, for one question
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load(name, revision):
+    """
+    Loads a checkpoint with the code that it carries, onto a GPU where there is one.
+
+    Args:
+        name (`str`): a folder or a Hub id.
+        revision (`str`): the commit of a Hub id; a folder has none.
+
+    Returns:
+        `tuple`: the processor and the model.
+
+    Raises:
+        SystemExit: a Hub id without a commit, or no AMVL model.
+    """
+    if not os.path.isdir(name) and not re.fullmatch("[0-9a-f]{40}", revision):
+        raise SystemExit(
+            f"`MODEL` is {name!r}, no folder here and so a Hub id, which needs the 40 digits of a commit as `REVISION`, got "
+            f"{revision!r}: the code that comes with a model is run, and a branch may change. Set both, or train a folder by "
+            "`accelerate launch recipes/sft_amvl.py`."
+        )
+    source = {"revision": revision or None, "trust_remote_code": True}
+    try:
+        model_type = AutoConfig.from_pretrained(name, **source).model_type
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"`MODEL` is {name!r}, which cannot be read: {error}") from error
+    if model_type != "amvl":
+        raise SystemExit(
+            f"`MODEL` is {name!r}, a `{model_type}` and no AMVL model: it has no latents that could be switched off."
+        )
+    processor = AutoProcessor.from_pretrained(name, **source)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **source)
+    model.eval().requires_grad_(False)  # `prior` computes no gradients then
+    return processor, model.to("cuda") if is_torch_cuda_available() else model
+
+
+def find_examples(name, revision):
+    """Photos and questions that come with a checkpoint, as `(path, question)`; none where it has no `examples.json`."""
+    source = {"revision": revision or None, "_raise_exceptions_for_missing_entries": False}
+    listing = cached_file(name, "examples.json", **source)
+    if listing is None:
+        return []
+    with open(listing, encoding="utf-8") as file:
+        return [(cached_file(name, example["image"], **source), example["question"]) for example in json.load(file)]
+
+
+def encode(photos, question):
+    """The prompts of one question about several photos, on the model's device."""
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": question}]}]
+        for photo in photos
+    ]
+    inputs = processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+def decode(sequences, inputs):
+    """The answers alone."""
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def answer(photo, other, question, temperature):
+    """
+    One question, with the photo's own latents, with those of another photo, and without any.
+
+    Returns:
+        `dict[str, str]`: `on`, `shuffled` and `off` about the photo, `other` about the other one; of `shuffled` and `other` none
+        without another photo.
+    """
+    inputs = encode([photo] if other is None else [photo, other], question)
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+    own = model.generate(**inputs, **settings, latent_temperature=temperature, return_dict_in_generate=True)
+    said = decode(own.sequences, inputs)
+    answers = {"on": said[0], "off": decode(model.backbone.generate(**inputs, **settings), inputs)[0]}
+    if other is not None:
+        swapped = model.generate(**inputs, **settings, latents=own.latents.flip(0))  # each photo gets the other's Z
+        answers |= {"shuffled": decode(swapped, inputs)[0], "other": said[1]}
+    return answers
+
+
+def sample(photo, question, temperature, num_samples):
+    """How often each answer comes over `num_samples` draws of the latents, the most frequent first."""
+    inputs = encode([photo] * num_samples, question)
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+    sequences = model.generate(**inputs, **settings, latent_temperature=temperature)
+    return Counter(decode(sequences, inputs)).most_common()
+
+
+def boxes(photo):
+    """The cells of a photo in reading order, as PIL's boxes."""
+    columns, rows = (
+        [round(place * side / NUM_CELLS) for place in range(NUM_CELLS + 1)] for side in (photo.width, photo.height)
+    )
+    return [
+        (columns[column], rows[row], columns[column + 1], rows[row + 1])
+        for row in range(NUM_CELLS)
+        for column in range(NUM_CELLS)
+    ]
+
+
+def relevance(photo, question):
+    """
+    How far Z, the prior's mean, moves when a cell of the photo gets the photo's mean colour.
+
+    Yields:
+        `tuple[int, list[float]]`: photos read so far, and of the cells among them the movement relative to the length of Z.
+    """
+    grey = photo.resize((1, 1), 4).getpixel((0, 0))  # 4 averages
+    variants = [photo]
+    for box in boxes(photo):
+        variants.append(photo.copy())
+        variants[-1].paste(grey, box)
+    whole, moved = None, []
+    for start in range(0, len(variants), MAP_BATCH):
+        means = model.prior(**encode(variants[start : start + MAP_BATCH], question)).mean.flatten(1).float()
+        whole = means[:1] if whole is None else whole
+        moved += ((means - whole).norm(dim=1) / whole.norm()).tolist()
+        yield len(moved), moved[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def answer_cards(answers):
+    """The three answers side by side, as HTML."""
+    if "other" in answers:
+        lent = f"Z of the other photo, which alone is answered “{html.escape(answers['other']) or 'nothing'}”"
+    else:
+        lent = "Needs another photo"
+    cards = {
+        "on": ("Latents on", answers["on"], "Z of this photo"),
+        "shuffled": ("Latents shuffled", answers.get("shuffled"), lent),
+        "off": ("Latents off", answers["off"], "The same weights, no Z"),
+    }
+    return "".join(
+        f'<section class="answer" id="answer-{name}" aria-label="{title}"><h3>{title}</h3>'
+        f"<p class='said'>{'–' if said is None else html.escape(said) or '(nothing)'}</p><p class='note'>{note}</p></section>"
+        for name, (title, said, note) in cards.items()
+    )
+
+
+def spread_bars(counts, temperature, asked):
+    """Shares of the sampled answers as bars, as HTML."""
+    total = sum(count for _, count in counts)
+    bars = "".join(
+        f"<li><span class='text'>{html.escape(text) or '(nothing)'}</span><span class='share'>{count} of {total}</span>"
+        f"<span class='bar' aria-hidden='true'><span style='width:{100 * count / total:.0f}%'></span></span></li>"
+        for text, count in counts
+    )
+    note = f"{total} draws of Z at temperature {temperature:g}"
+    if temperature != asked:
+        note += "; at 0 there is a single Z"
+    return f"<section aria-label='Spread of answers'><h3>Spread over Z</h3><ul class='spread'>{bars}</ul><p class='note'>{note}.</p></section>"
+
+
+def draw_map(photo, moved):
+    """
+    The photo, bright and coloured where greying a cell out moves Z, dim elsewhere.
+
+    Returns:
+        `tuple[PIL.Image.Image, str]`: the picture, and what it shows in a sentence.
+    """
+    scale = max(1, round(480 / max(photo.size)))
+    photo = photo.resize((photo.width * scale, photo.height * scale), 3)  # 3 is bicubic
+    picture = photo.convert("L").point(lambda value: value // 3).convert("RGB")
+    most = max(moved)
+    for box, value in zip(boxes(photo), moved):
+        cell = photo.crop(box)
+        share = round(255 * value / most) if most else 0
+        picture.paste(cell, box, cell.convert("L").point(lambda _, share=share: share))
+    if not most:
+        return picture, "Z does not depend on the photo: no cell that is greyed out moves it."
+    row, column = divmod(moved.index(most), NUM_CELLS)
+    return picture, (
+        f"Bright cells move Z when they are greyed out. Most: row {row + 1}, column {column + 1} of {NUM_CELLS} × {NUM_CELLS}, "
+        f"by {most:.0%} of its length."
+    )
+
+
+def verdict(answers):
+    """What the three answers say about the latents, in a sentence."""
+    if "shuffled" not in answers:
+        return (
+            "The latents make no difference here." if answers["on"] == answers["off"] else "The latents matter here."
+        )
+    if answers["on"] == answers["shuffled"] == answers["off"]:
+        return "All three agree: this answer does not come from the latents."
+    if answers["on"] != answers["shuffled"]:
+        return "Another photo's latents change the answer: it depends on what they hold."
+    return "Only switching the latents off changes the answer: whose they are makes no difference."
+
+
+def message(text, is_error=False):
+    """A line for the status field, which screen readers read out."""
+    return f"<p class='{'error' if is_error else 'status'}'>{html.escape(text)}</p>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Photo(gr.Image):
+    """An image field that hands over a file which is no picture as `UNREADABLE`, to be told in a sentence."""
+
+    is_template = True  # for gradio, which otherwise looks for its parts in the browser
+
+    def preprocess(self, payload):
+        try:
+            return super().preprocess(payload)
+        except Exception:  # whatever PIL raises on what people upload
+            return UNREADABLE
+
+
+UNREADABLE = "unreadable"
+
+
+class Refused(Exception):
+    """Something a person can mend, in a sentence."""
+
+
+def check_photo(image, which):
+    """A photo in RGB, scaled down to `MAX_SIDE`."""
+    hint = "Choose a JPEG or PNG file."
+    if image is None:
+        raise Refused(f"There is no {which} yet. {hint}")
+    if image == UNREADABLE:
+        raise Refused(f"The {which} cannot be read as a picture. {hint}")
+    if image.width * image.height > MAX_PIXELS:
+        raise Refused(
+            f"The {which} has {image.width} × {image.height} pixels, more than {MAX_PIXELS // 10**6} million. Scale it down."
+        )
+    try:
+        image = image.convert("RGB")
+    except Exception as error:  # a file that is cut short
+        raise Refused(f"The {which} is damaged: it ends too early. {hint}") from error
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    if min(image.size) < NUM_CELLS:
+        raise Refused(f"The {which} has {image.width} × {image.height} pixels, too few to see anything on.")
+    return image
+
+
+def check_inputs(photo, other, question, temperature, seed, num_samples):
+    """What was asked for in bounds, or [`Refused`]."""
+    photo = check_photo(photo, "photo")
+    question = (question or "").strip()
+    if not question:
+        raise Refused("There is no question yet. Type one.")
+    if len(question) > MAX_QUESTION:
+        raise Refused(f"The question has {len(question)} characters, more than {MAX_QUESTION}. Shorten it.")
+    other = None if other is None else check_photo(other, "other photo")
+    if other is not None and other.size == photo.size and other.tobytes() == photo.tobytes():
+        raise Refused(
+            "The other photo is the same as the photo, and so are its latents. Choose another, or remove it."
+        )
+    if temperature is None or not 0 <= temperature <= MAX_TEMPERATURE:
+        raise Refused(f"The temperature has to be from 0 to {MAX_TEMPERATURE:g}.")
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise Refused(f"The seed has to be a whole number from 0 to {MAX_SEED}.")
+    if num_samples not in NUM_SAMPLES:
+        raise Refused(f"The number of draws has to be one of {', '.join(map(str, NUM_SAMPLES))}.")
+    return photo, other, question, float(temperature), int(seed), int(num_samples)
+
+
+def think(photo, other, question, temperature, seed, num_samples):
+    """All that needs the model; yields what the fields show, as it comes."""
+    began = time.perf_counter()
+    set_seed(seed)
+    answers = answer(photo, other, question, temperature)
+    cards = answer_cards(answers)
+    yield message(f"{verdict(answers)} Drawing {num_samples} latents …"), cards, "", None, ""
+    drawn_at = temperature or 1.0
+    spread = spread_bars(sample(photo, question, drawn_at, num_samples), drawn_at, temperature)
+    for done, moved in relevance(photo, question):
+        text = f"{verdict(answers)} Looking where Z looks: {done} of {NUM_CELLS**2 + 1} …"
+        yield message(text), cards, spread, None, ""
+    picture, caption = draw_map(photo, moved)
+    seconds = time.perf_counter() - began
+    yield message(f"{verdict(answers)} Done in {seconds:.1f} s."), cards, spread, picture, message(caption)
+
+
+if spaces is not None:
+    think = spaces.GPU(duration=GPU_SECONDS)(think)
+
+
+def ask(photo, other, question, temperature, seed, num_samples):
+    """What the button does: a sentence where something is missing or fails, never a stack trace."""
+    nothing = "", "", None, ""
+    try:
+        inputs = check_inputs(photo, other, question, temperature, seed, num_samples)
+        yield message("Asking …"), *nothing
+        yield from think(*inputs)
+    except Refused as refusal:
+        yield message(str(refusal), is_error=True), *nothing
+    except gr.Error:  # ZeroGPU's, when a person's share of it is used up
+        raise
+    except Exception:  # the log has all of it, the page what a person can do
+        traceback.print_exc()
+        text = (
+            "The model failed on this one. Try another photo or a shorter question; the server's log has the reason."
+        )
+        yield message(text, is_error=True), *nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Ask a photo, with and without latents
+
+{name} thinks in {num_latents} continuous latents, Z, before it answers. Here it answers three times: with its own Z, with the Z of
+another photo, and with none. Where the three agree, Z did not matter.
+"""
+CSS = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container h1 { font-size: 1.6rem; margin: .4rem 0 .2rem; }
+#answers .answers-grid, #answers > div { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: .75rem; }
+"""
+
+
+def build_page(examples):
+    """The page, as `gr.Blocks`."""
+    first = examples[0] if examples else (None, None)
+    lender = examples[1][0] if len(examples) > 1 else None
+    name = f"`{os.path.basename(os.path.normpath(MODEL)) if os.path.isdir(MODEL) else MODEL}`"
+    with gr.Blocks(title="Ask a photo, with and without latents", analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION.format(name=name, num_latents=model.config.num_latents))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                field = {"type": "pil", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
+                photo = Photo(
+                    first[0],
+                    label="Photo",
+                    alt_text="The photo that is asked about",
+                    height=260,
+                    elem_id="photo",
+                    **field,
+                )
+                question = gr.Textbox(
+                    first[1], label="Question", placeholder="What is asked about the photo", elem_id="question"
+                )
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                with gr.Accordion("Latents", open=True):
+                    temperature = gr.Slider(
+                        0,
+                        MAX_TEMPERATURE,
+                        model.config.latent_temperature,
+                        step=0.1,
+                        label="Temperature of Z",
+                        elem_id="temperature",
+                    )
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                    num_samples = gr.Radio(NUM_SAMPLES, value=NUM_SAMPLES[0], label="Draws of Z", elem_id="samples")
+                    other = Photo(
+                        lender,
+                        label="Other photo, which lends its Z",
+                        alt_text="The other photo",
+                        height=160,
+                        elem_id="other",
+                        **field,
+                    )
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML(elem_id="status", js_on_load="element.setAttribute('role', 'status');")
+                answers = gr.HTML(elem_id="answers")
+                spread = gr.HTML(elem_id="spread")
+                picture = gr.Image(label="Where Z looks", interactive=False, buttons=[], elem_id="map")
+                caption = gr.HTML(elem_id="caption")
+        inputs = [photo, other, question, temperature, seed, num_samples]
+        outputs = [status, answers, spread, picture, caption]
+        gr.on(
+            [button.click, question.submit],
+            ask,
+            inputs,
+            outputs,
+            concurrency_limit=1,
+            trigger_mode="once",
+            api_name="ask",
+        )
+    return page
+
+
+if __name__ == "__main__":
+    processor, model = load(MODEL, REVISION)
+    page = build_page(find_examples(MODEL, REVISION))
+    page.queue(max_size=32).launch(
+        theme=gr.themes.Default(font="system-ui"),
+        css=CSS,
+        ssr_mode=False,
+        max_file_size=MAX_FILE_SIZE,
+        footer_links=[],
+    )
