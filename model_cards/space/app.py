@@ -159,7 +159,7 @@ def relevance(photo, question):
     How far Z, the prior's mean, moves when a cell of the photo gets the photo's mean colour.
 
     Yields:
-        `tuple[int, list[float]]`: photos read so far, and of the cells among them the movement relative to the length of Z.
+        `list[float]`: the movement of the cells read so far, relative to the length of Z.
     """
     grey = photo.resize((1, 1), 4).getpixel((0, 0))  # 4 averages
     variants = [photo]
@@ -171,7 +171,7 @@ def relevance(photo, question):
         means = model.prior(**encode(variants[start : start + MAP_BATCH], question)).mean.flatten(1).float()
         whole = means[:1] if whole is None else whole
         moved += ((means - whole).norm(dim=1) / whole.norm()).tolist()
-        yield len(moved), moved[1:]
+        yield moved[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,58 +180,65 @@ def relevance(photo, question):
 
 
 def answer_cards(answers):
-    """The three answers side by side, as HTML."""
-    if "other" in answers:
-        lent = f"Z of the other photo, which alone is answered “{html.escape(answers['other']) or 'nothing'}”"
-    else:
-        lent = "Needs another photo"
+    """The three answers side by side, as HTML; dashes before anything was asked."""
+    other = answers.get("other")
     cards = {
-        "on": ("Latents on", answers["on"], "Z of this photo"),
-        "shuffled": ("Latents shuffled", answers.get("shuffled"), lent),
-        "off": ("Latents off", answers["off"], "The same weights, no Z"),
+        "on": ("Latents on", "Z of the photo"),
+        "shuffled": (
+            "Latents shuffled",
+            "Z of the other photo"
+            + (f", whose own answer is “{html.escape(other) or 'nothing'}”" if other is not None else ""),
+        ),
+        "off": ("Latents off", "the same weights without Z"),
     }
     return "".join(
-        f'<section class="answer" id="answer-{name}" aria-label="{title}"><h3>{title}</h3>'
-        f"<p class='said'>{'–' if said is None else html.escape(said) or '(nothing)'}</p><p class='note'>{note}</p></section>"
-        for name, (title, said, note) in cards.items()
+        f"<section class='card' id='answer-{name}' aria-label='{title}'><h3>{title}</h3>"
+        f"<p class='said'>{shown(answers.get(name))}</p><p class='note'>{note}</p></section>"
+        for name, (title, note) in cards.items()
     )
+
+
+def shown(text):
+    """An answer as HTML; a dash where there is none."""
+    return "–" if text is None else html.escape(text) or "(nothing)"
 
 
 def spread_bars(counts, temperature, asked):
     """Shares of the sampled answers as bars, as HTML."""
     total = sum(count for _, count in counts)
     bars = "".join(
-        f"<li><span class='text'>{html.escape(text) or '(nothing)'}</span><span class='share'>{count} of {total}</span>"
+        f"<li><span class='text'>{shown(text)}</span><span class='share'>{count} of {total}</span>"
         f"<span class='bar' aria-hidden='true'><span style='width:{100 * count / total:.0f}%'></span></span></li>"
         for text, count in counts
     )
-    note = f"{total} draws of Z at temperature {temperature:g}"
-    if temperature != asked:
-        note += "; at 0 there is a single Z"
-    return f"<section aria-label='Spread of answers'><h3>Spread over Z</h3><ul class='spread'>{bars}</ul><p class='note'>{note}.</p></section>"
+    why = "" if temperature == asked else ", since at 0 there is but one"
+    return (
+        f"<section class='card' aria-label='Spread of answers'><h3>Answers over {total} draws of Z</h3><ul>{bars}</ul>"
+        f"<p class='note'>drawn at temperature {temperature:g}{why}</p></section>"
+    )
 
 
 def draw_map(photo, moved):
     """
-    The photo, bright and coloured where greying a cell out moves Z, dim elsewhere.
+    The photo, in colour where greying a cell out moves Z, faded elsewhere.
 
     Returns:
         `tuple[PIL.Image.Image, str]`: the picture, and what it shows in a sentence.
     """
     scale = max(1, round(480 / max(photo.size)))
     photo = photo.resize((photo.width * scale, photo.height * scale), 3)  # 3 is bicubic
-    picture = photo.convert("L").point(lambda value: value // 3).convert("RGB")
+    picture = photo.convert("L").point(lambda value: 190 + value // 5).convert("RGB")
     most = max(moved)
     for box, value in zip(boxes(photo), moved):
         cell = photo.crop(box)
-        share = round(255 * value / most) if most else 0
-        picture.paste(cell, box, cell.convert("L").point(lambda _, share=share: share))
+        opacity = round(255 * value / most) if most else 0
+        picture.paste(cell, box, cell.convert("L").point([opacity] * 256))
     if not most:
-        return picture, "Z does not depend on the photo: no cell that is greyed out moves it."
+        return picture, "Greying cells out does not move Z: it does not depend on the photo."
     row, column = divmod(moved.index(most), NUM_CELLS)
     return picture, (
-        f"Bright cells move Z when they are greyed out. Most: row {row + 1}, column {column + 1} of {NUM_CELLS} × {NUM_CELLS}, "
-        f"by {most:.0%} of its length."
+        f"In colour where greying a cell out moves Z; most in row {row + 1}, column {column + 1} of {NUM_CELLS} × {NUM_CELLS}, by "
+        f"{most:.0%} of its length."
     )
 
 
@@ -248,9 +255,15 @@ def verdict(answers):
     return "Only switching the latents off changes the answer: whose they are makes no difference."
 
 
-def message(text, is_error=False):
-    """A line for the status field, which screen readers read out."""
-    return f"<p class='{'error' if is_error else 'status'}'>{html.escape(text)}</p>"
+def show(text, answers=None, spread="", picture=None, caption="", is_error=False):
+    """What the five fields of the page get."""
+    return (
+        f"<p class='{'error' if is_error else 'told'}'>{html.escape(text)}</p>",
+        answer_cards(answers or {}),
+        spread,
+        gr.Image(picture, alt_text=caption, visible=picture is not None),
+        f"<p class='note'>{caption}</p>" if caption else "",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,19 +271,21 @@ def message(text, is_error=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Photo(gr.Image):
-    """An image field that hands over a file which is no picture as `UNREADABLE`, to be told in a sentence."""
+UNREADABLE = "unreadable"
 
-    is_template = True  # for gradio, which otherwise looks for its parts in the browser
 
-    def preprocess(self, payload):
+def hand_over_unreadable(field):
+    """Makes an image field hand over a file that is no picture as `UNREADABLE`, to be told in a sentence."""
+    read = field.preprocess
+
+    def preprocess(payload):
         try:
-            return super().preprocess(payload)
+            return read(payload)
         except Exception:  # whatever PIL raises on what people upload
             return UNREADABLE
 
-
-UNREADABLE = "unreadable"
+    field.preprocess = preprocess
+    return field
 
 
 class Refused(Exception):
@@ -325,16 +340,14 @@ def think(photo, other, question, temperature, seed, num_samples):
     began = time.perf_counter()
     set_seed(seed)
     answers = answer(photo, other, question, temperature)
-    cards = answer_cards(answers)
-    yield message(f"{verdict(answers)} Drawing {num_samples} latents …"), cards, "", None, ""
+    result = verdict(answers)
+    yield show(f"{result} Drawing {num_samples} latents …", answers)
     drawn_at = temperature or 1.0
     spread = spread_bars(sample(photo, question, drawn_at, num_samples), drawn_at, temperature)
-    for done, moved in relevance(photo, question):
-        text = f"{verdict(answers)} Looking where Z looks: {done} of {NUM_CELLS**2 + 1} …"
-        yield message(text), cards, spread, None, ""
+    for moved in relevance(photo, question):
+        yield show(f"{result} Looking where Z looks: {len(moved)} of {NUM_CELLS**2} cells …", answers, spread)
     picture, caption = draw_map(photo, moved)
-    seconds = time.perf_counter() - began
-    yield message(f"{verdict(answers)} Done in {seconds:.1f} s."), cards, spread, picture, message(caption)
+    yield show(f"{result} Done in {time.perf_counter() - began:.1f} s.", answers, spread, picture, caption)
 
 
 if spaces is not None:
@@ -343,13 +356,12 @@ if spaces is not None:
 
 def ask(photo, other, question, temperature, seed, num_samples):
     """What the button does: a sentence where something is missing or fails, never a stack trace."""
-    nothing = "", "", None, ""
     try:
         inputs = check_inputs(photo, other, question, temperature, seed, num_samples)
-        yield message("Asking …"), *nothing
+        yield show("Asking …")
         yield from think(*inputs)
     except Refused as refusal:
-        yield message(str(refusal), is_error=True), *nothing
+        yield show(str(refusal), is_error=True)
     except gr.Error:  # ZeroGPU's, when a person's share of it is used up
         raise
     except Exception:  # the log has all of it, the page what a person can do
@@ -357,7 +369,7 @@ def ask(photo, other, question, temperature, seed, num_samples):
         text = (
             "The model failed on this one. Try another photo or a shorter question; the server's log has the reason."
         )
-        yield message(text, is_error=True), *nothing
+        yield show(text, is_error=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,72 +379,111 @@ def ask(photo, other, question, temperature, seed, num_samples):
 INTRODUCTION = """\
 # Ask a photo, with and without latents
 
-{name} thinks in {num_latents} continuous latents, Z, before it answers. Here it answers three times: with its own Z, with the Z of
-another photo, and with none. Where the three agree, Z did not matter.
+{name} fills {num_latents} continuous latents, Z, before it answers. Here it answers three times: with its own Z, with the Z of another
+photo, and without. Where all three agree, Z made no difference.
 """
+THEME = gr.themes.Default(primary_hue="indigo", font="system-ui", font_mono="monospace").set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_200",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_200",
+)
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-.gradio-container h1 { font-size: 1.6rem; margin: .4rem 0 .2rem; }
-#answers .answers-grid, #answers > div { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: .75rem; }
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container h1 { font-size: 1.6rem; margin: 0.5rem 0 0.25rem; }
+#photo img, #other img, #map img { object-fit: contain; width: 100%; height: 100%; }
+#status { min-height: 3.2rem; }
+#status .told, #status .error { font-size: 1rem; margin: 0; }
+#status .error { border-left: 4px solid #b91c1c; padding-left: 0.75rem; font-weight: 600; }
+#answers .prose { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.75rem 1rem; }
+.card h3 { font-size: 0.875rem; font-weight: 500; margin: 0; color: var(--body-text-color-subdued); }
+.card .said { font-size: 1.5rem; font-weight: 600; line-height: 1.3; margin: 0.25rem 0; overflow-wrap: anywhere; }
+.note { font-size: 0.8125rem; margin: 0.25rem 0 0; color: var(--body-text-color-subdued); }
+#answer-on { border-color: var(--primary-500); box-shadow: inset 0 3px 0 var(--primary-500); }
+#spread ul { list-style: none; margin: 0.5rem 0; padding: 0; }
+#spread li { display: grid; grid-template-columns: 1fr auto; gap: 0.2rem 0.75rem; margin: 0 0 0.5rem; padding: 0; }
+#spread .text { font-weight: 600; overflow-wrap: anywhere; }
+#spread .bar { grid-column: 1 / -1; height: 0.5rem; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; }
+#spread .bar span { display: block; height: 100%; background: var(--primary-500); }
 """
 
 
 def build_page(examples):
-    """The page, as `gr.Blocks`."""
-    first = examples[0] if examples else (None, None)
-    lender = examples[1][0] if len(examples) > 1 else None
-    name = f"`{os.path.basename(os.path.normpath(MODEL)) if os.path.isdir(MODEL) else MODEL}`"
+    """
+    The page.
+
+    Args:
+        examples (`list[tuple[str, str]]`): photos and questions to begin with; each lends its latents to the one before it.
+
+    Returns:
+        `gr.Blocks`.
+    """
+    name = os.path.basename(os.path.normpath(MODEL)) if os.path.isdir(MODEL) else MODEL
+    lenders = [path for path, _ in examples[1:] + examples[:1]] if len(examples) > 1 else [None] * len(examples)
+    path, text = examples[0] if examples else (None, None)
+    image = {"type": "pil", "image_mode": None, "sources": "upload", "buttons": [], "min_width": 140, "height": 220}
     with gr.Blocks(title="Ask a photo, with and without latents", analytics_enabled=False) as page:
-        gr.Markdown(INTRODUCTION.format(name=name, num_latents=model.config.num_latents))
+        gr.Markdown(INTRODUCTION.format(name=f"`{name}`", num_latents=model.config.num_latents))
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                field = {"type": "pil", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
-                photo = Photo(
-                    first[0],
-                    label="Photo",
-                    alt_text="The photo that is asked about",
-                    height=260,
-                    elem_id="photo",
-                    **field,
-                )
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    photo = gr.Image(
+                        path, label="Photo", alt_text="The photo that is asked about", elem_id="photo", **image
+                    )
+                    other = gr.Image(
+                        lenders[0] if examples else None,
+                        label="Other photo, for its Z",
+                        alt_text="The photo whose latents are lent",
+                        elem_id="other",
+                        **image,
+                    )
                 question = gr.Textbox(
-                    first[1], label="Question", placeholder="What is asked about the photo", elem_id="question"
+                    text, label="Question", placeholder="What is asked about the photo", elem_id="question"
                 )
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
-                with gr.Accordion("Latents", open=True):
-                    temperature = gr.Slider(
-                        0,
-                        MAX_TEMPERATURE,
-                        model.config.latent_temperature,
-                        step=0.1,
-                        label="Temperature of Z",
-                        elem_id="temperature",
+                if examples:
+                    with gr.Row(elem_id="examples"):
+                        for number, ((path, text), lender) in enumerate(zip(examples, lenders)):
+                            example = gr.Button(text, icon=path, size="sm", min_width=100, elem_id=f"example-{number}")
+                            values = [gr.Image(path), gr.Image(lender), text]
+                            example.click(
+                                lambda values=values: values, None, [photo, other, question], api_visibility="private"
+                            )
+                temperature = gr.Slider(
+                    0,
+                    MAX_TEMPERATURE,
+                    model.config.latent_temperature,
+                    step=0.1,
+                    label="Temperature of Z (0: its mean)",
+                    elem_id="temperature",
+                )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
+                    num_samples = gr.Radio(
+                        NUM_SAMPLES, value=NUM_SAMPLES[0], label="Draws of Z", min_width=120, elem_id="samples"
                     )
-                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                    num_samples = gr.Radio(NUM_SAMPLES, value=NUM_SAMPLES[0], label="Draws of Z", elem_id="samples")
-                    other = Photo(
-                        lender,
-                        label="Other photo, which lends its Z",
-                        alt_text="The other photo",
-                        height=160,
-                        elem_id="other",
-                        **field,
-                    )
-            with gr.Column(scale=3, min_width=300):
-                status = gr.HTML(elem_id="status", js_on_load="element.setAttribute('role', 'status');")
-                answers = gr.HTML(elem_id="answers")
+            with gr.Column(scale=6, min_width=320):
+                told, cards, *_ = show("Choose a photo, type a question, and press Ask.")
+                status = gr.HTML(told, elem_id="status", js_on_load="element.setAttribute('role', 'status')")
+                answers = gr.HTML(cards, elem_id="answers")
                 spread = gr.HTML(elem_id="spread")
-                picture = gr.Image(label="Where Z looks", interactive=False, buttons=[], elem_id="map")
+                picture = gr.Image(
+                    label="Where Z looks", interactive=False, buttons=[], visible=False, height=360, elem_id="map"
+                )
                 caption = gr.HTML(elem_id="caption")
-        inputs = [photo, other, question, temperature, seed, num_samples]
-        outputs = [status, answers, spread, picture, caption]
+        for field in (photo, other):
+            hand_over_unreadable(field)
         gr.on(
             [button.click, question.submit],
             ask,
-            inputs,
-            outputs,
+            [photo, other, question, temperature, seed, num_samples],
+            [status, answers, spread, picture, caption],
             concurrency_limit=1,
             trigger_mode="once",
+            show_progress="minimal",
             api_name="ask",
         )
     return page
@@ -440,11 +491,5 @@ def build_page(examples):
 
 if __name__ == "__main__":
     processor, model = load(MODEL, REVISION)
-    page = build_page(find_examples(MODEL, REVISION))
-    page.queue(max_size=32).launch(
-        theme=gr.themes.Default(font="system-ui"),
-        css=CSS,
-        ssr_mode=False,
-        max_file_size=MAX_FILE_SIZE,
-        footer_links=[],
-    )
+    page = build_page(find_examples(MODEL, REVISION)).queue(max_size=32)
+    page.launch(theme=THEME, css=CSS, ssr_mode=False, max_file_size=MAX_FILE_SIZE, footer_links=[])
