@@ -136,9 +136,9 @@ def answer(photo, other, question, temperature):
 
 def sample(photo, question, temperature, num_samples):
     """How often each answer comes over `num_samples` draws of the latents, the most frequent first."""
-    inputs = encode([photo] * num_samples, question)
+    inputs = encode([photo], question)
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-    sequences = model.generate(**inputs, **settings, latent_temperature=temperature)
+    sequences = model.generate(**inputs, **settings, num_latent_samples=num_samples, latent_temperature=temperature)
     return Counter(decode(sequences, inputs)).most_common()
 
 
@@ -393,16 +393,19 @@ THEME = gr.themes.Default(primary_hue="indigo", font="system-ui", font_mono="mon
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 .gradio-container h1 { font-size: 1.6rem; margin: 0.5rem 0 0.25rem; }
-#photo img, #other img, #map img { object-fit: contain; width: 100%; height: 100%; }
-#status { min-height: 3.2rem; }
+#photo .image-frame, #other .image-frame, #map .image-frame { padding-top: 1.75rem; }  /* below the label */
+#photo img, #other img, #map img { object-fit: contain; width: 100%; height: 100%; max-height: 420px; }
+#status .html-container, #answers .html-container, #spread .html-container, #caption .html-container { padding: 0; }
+#status .prose { min-height: 3rem; }
 #status .told, #status .error { font-size: 1rem; margin: 0; }
 #status .error { border-left: 4px solid #b91c1c; padding-left: 0.75rem; font-weight: 600; }
-#answers .prose { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+#answers .prose { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
 .card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 0.75rem 1rem; }
 .card h3 { font-size: 0.875rem; font-weight: 500; margin: 0; color: var(--body-text-color-subdued); }
 .card .said { font-size: 1.5rem; font-weight: 600; line-height: 1.3; margin: 0.25rem 0; overflow-wrap: anywhere; }
 .note { font-size: 0.8125rem; margin: 0.25rem 0 0; color: var(--body-text-color-subdued); }
 #answer-on { border-color: var(--primary-500); box-shadow: inset 0 3px 0 var(--primary-500); }
+#examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); }
 #spread ul { list-style: none; margin: 0.5rem 0; padding: 0; }
 #spread li { display: grid; grid-template-columns: 1fr auto; gap: 0.2rem 0.75rem; margin: 0 0 0.5rem; padding: 0; }
 #spread .text { font-weight: 600; overflow-wrap: anywhere; }
@@ -424,7 +427,7 @@ def build_page(examples):
     name = os.path.basename(os.path.normpath(MODEL)) if os.path.isdir(MODEL) else MODEL
     lenders = [path for path, _ in examples[1:] + examples[:1]] if len(examples) > 1 else [None] * len(examples)
     path, text = examples[0] if examples else (None, None)
-    image = {"type": "pil", "image_mode": None, "sources": "upload", "buttons": [], "min_width": 140, "height": 220}
+    image = {"type": "pil", "image_mode": None, "sources": "upload", "buttons": [], "min_width": 140, "height": 240}
     with gr.Blocks(title="Ask a photo, with and without latents", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION.format(name=f"`{name}`", num_latents=model.config.num_latents))
         with gr.Row():
@@ -435,7 +438,7 @@ def build_page(examples):
                     )
                     other = gr.Image(
                         lenders[0] if examples else None,
-                        label="Other photo, for its Z",
+                        label="Other photo",
                         alt_text="The photo whose latents are lent",
                         elem_id="other",
                         **image,
@@ -443,15 +446,12 @@ def build_page(examples):
                 question = gr.Textbox(
                     text, label="Question", placeholder="What is asked about the photo", elem_id="question"
                 )
-                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                fills = []
                 if examples:
                     with gr.Row(elem_id="examples"):
                         for number, ((path, text), lender) in enumerate(zip(examples, lenders)):
                             example = gr.Button(text, icon=path, size="sm", min_width=100, elem_id=f"example-{number}")
-                            values = [gr.Image(path), gr.Image(lender), text]
-                            example.click(
-                                lambda values=values: values, None, [photo, other, question], api_visibility="private"
-                            )
+                            fills.append((example, (path, lender, text)))
                 temperature = gr.Slider(
                     0,
                     MAX_TEMPERATURE,
@@ -465,22 +465,34 @@ def build_page(examples):
                     num_samples = gr.Radio(
                         NUM_SAMPLES, value=NUM_SAMPLES[0], label="Draws of Z", min_width=120, elem_id="samples"
                     )
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=6, min_width=320):
                 told, cards, *_ = show("Choose a photo, type a question, and press Ask.")
                 status = gr.HTML(told, elem_id="status", js_on_load="element.setAttribute('role', 'status')")
                 answers = gr.HTML(cards, elem_id="answers")
-                spread = gr.HTML(elem_id="spread")
-                picture = gr.Image(
-                    label="Where Z looks", interactive=False, buttons=[], visible=False, height=360, elem_id="map"
-                )
-                caption = gr.HTML(elem_id="caption")
+                with gr.Row():
+                    with gr.Column(min_width=230):
+                        spread = gr.HTML(elem_id="spread")
+                    with gr.Column(min_width=230):
+                        picture = gr.Image(
+                            label="Where Z looks", interactive=False, buttons=[], visible=False, elem_id="map"
+                        )
+                        caption = gr.HTML(elem_id="caption")
+        outputs = [status, answers, spread, picture, caption]
+        for example, values in fills:
+            example.click(
+                lambda values=values: (*values, *show("Press Ask.")),
+                None,
+                [photo, other, question, *outputs],
+                api_visibility="private",
+            )
         for field in (photo, other):
             hand_over_unreadable(field)
         gr.on(
             [button.click, question.submit],
             ask,
             [photo, other, question, temperature, seed, num_samples],
-            [status, answers, spread, picture, caption],
+            outputs,
             concurrency_limit=1,
             trigger_mode="once",
             show_progress="minimal",
