@@ -395,6 +395,7 @@ CSS = """
 .gradio-container h1 { font-size: 1.6rem; margin: 0.5rem 0 0.25rem; }
 #photo .image-frame, #other .image-frame, #map .image-frame { padding-top: 1.75rem; }  /* below the label */
 #photo img, #other img, #map img { object-fit: contain; width: 100%; height: 100%; max-height: 420px; }
+:is(button, input, textarea):focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 #status .html-container, #answers .html-container, #spread .html-container, #caption .html-container { padding: 0; }
 #status .prose { min-height: 3rem; }
 #status .told, #status .error { font-size: 1rem; margin: 0; }
@@ -463,7 +464,11 @@ def build_page(examples):
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
                     num_samples = gr.Radio(
-                        NUM_SAMPLES, value=NUM_SAMPLES[0], label="Draws of Z", min_width=120, elem_id="samples"
+                        [(f"{number} draws", number) for number in NUM_SAMPLES],
+                        value=NUM_SAMPLES[0],
+                        label="Spread",
+                        min_width=120,
+                        elem_id="samples",
                     )
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=6, min_width=320):
