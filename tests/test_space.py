@@ -149,11 +149,14 @@ def test_the_spread_counts_every_draw_and_follows_temperature_and_seed(app, imag
     assert draw(0, 0.001, 8) == [(app.answer(images[0], None, QUESTION, 0.0)["on"], 8)]
 
 
-def test_the_map_is_that_of_the_diagnostics(app, images):
-    *_, moved = app.relevance(images[0], QUESTION)
-    variants = [images[0], *occlude(images[0], app.NUM_CELLS)]
-    means = torch.cat([app.model.prior(**app.encode([image], QUESTION)).mean.flatten(1) for image in variants])
-    expected = (means[1:] - means[0]).norm(dim=1) / means[0].norm()
+@pytest.mark.parametrize("lends", [True, False])
+def test_the_map_is_that_of_the_diagnostics(app, images, lends):
+    other = images[1] if lends else None
+    *_, moved = app.relevance(images[0], other, QUESTION)
+    variants = [images[0], images[1], *occlude(images[0], app.NUM_CELLS)]
+    whole, others, *occluded = (app.model.prior(**app.encode([image], QUESTION)).mean.flatten() for image in variants)
+    unit = (others - whole).norm() if lends else whole.norm()
+    expected = (torch.stack(occluded) - whole).norm(dim=1) / unit
     assert expected.max() > 2 * expected.min()
     torch.testing.assert_close(torch.tensor(moved), expected, rtol=0.05, atol=0.01)  # the mean colour is rounded
 
@@ -162,12 +165,12 @@ def test_the_picture_keeps_its_colours_where_z_moves_and_loses_them_elsewhere(ap
     photo = Image.new("RGB", (480, 240), (200, 30, 30))
     moved = [0.0] * app.NUM_CELLS**2
     moved[8] = 0.25  # row 2, column 3
-    picture, caption = app.draw_map(photo, moved)
+    picture, caption = app.draw_map(photo, moved, "its length")
     assert picture.size == photo.size
     assert picture.getpixel((200, 60)) == (200, 30, 30)
     assert len({*picture.getpixel((20, 60))}) == len({*picture.getpixel((200, 100))}) == 1
-    assert "row 2, column 3" in caption and "25%" in caption
-    assert "does not depend" in app.draw_map(photo, [0.0] * app.NUM_CELLS**2)[1]
+    assert "row 2, column 3" in caption and "25% of its length" in caption
+    assert "does not depend" in app.draw_map(photo, [0.0] * app.NUM_CELLS**2, "its length")[1]
 
 
 @pytest.mark.any_release
@@ -185,6 +188,7 @@ def test_what_the_model_says_is_never_taken_for_html(app):
         ({"other": "unreadable"}, "The other photo cannot be read"),
         ({"photo": Image.new("1", (10_000, 5_001))}, "10000 × 5001 pixels, more than 50 million"),
         ({"photo": Image.new("RGB", (3, 400))}, "too few"),
+        ({"photo": Image.new("I;16", (200, 200))}, "more than 8 bits"),
         ({"other": "same"}, "same as the photo"),
         ({"question": None}, "no question"),
         ({"question": " \n"}, "no question"),

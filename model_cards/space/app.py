@@ -154,24 +154,26 @@ def boxes(photo):
     ]
 
 
-def relevance(photo, question):
+def relevance(photo, other, question):
     """
     How far Z, the prior's mean, moves when a cell of the photo gets the photo's mean colour.
 
     Yields:
-        `list[float]`: the movement of the cells read so far, relative to the length of Z.
+        `list[float]`: the movement of the cells read so far; 1 is the way to the other photo's Z, or the length of Z without another.
     """
     grey = photo.resize((1, 1), 4).getpixel((0, 0))  # 4 averages
-    variants = [photo]
+    variants = [photo, photo if other is None else other]
     for box in boxes(photo):
         variants.append(photo.copy())
         variants[-1].paste(grey, box)
-    whole, moved = None, []
+    moved = []
     for start in range(0, len(variants), MAP_BATCH):
         means = model.prior(**encode(variants[start : start + MAP_BATCH], question)).mean.flatten(1).float()
-        whole = means[:1] if whole is None else whole
-        moved += ((means - whole).norm(dim=1) / whole.norm()).tolist()
-        yield moved[1:]
+        if start == 0:
+            whole = means[:1]
+            unit = (whole if other is None else means[1:2] - whole).norm().clamp(min=1e-12)
+        moved += ((means - whole).norm(dim=1) / unit).tolist()
+        yield moved[2:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,9 +220,14 @@ def spread_bars(counts, temperature, asked):
     )
 
 
-def draw_map(photo, moved):
+def draw_map(photo, moved, unit):
     """
     The photo, in colour where greying a cell out moves Z, faded elsewhere.
+
+    Args:
+        photo (`PIL.Image.Image`): RGB.
+        moved (`list[float]`): see [`relevance`].
+        unit (`str`): what 1 is, in words.
 
     Returns:
         `tuple[PIL.Image.Image, str]`: the picture, and what it shows in a sentence.
@@ -238,7 +245,7 @@ def draw_map(photo, moved):
     row, column = divmod(moved.index(most), NUM_CELLS)
     return picture, (
         f"In colour where greying a cell out moves Z; most in row {row + 1}, column {column + 1} of {NUM_CELLS} × {NUM_CELLS}, by "
-        f"{most:.0%} of its length."
+        f"{most:.0%} of {unit}."
     )
 
 
@@ -299,6 +306,8 @@ def check_photo(image, which):
         raise Refused(f"There is no {which} yet. {hint}")
     if image == UNREADABLE:
         raise Refused(f"The {which} cannot be read as a picture. {hint}")
+    if image.mode.startswith(("I", "F")):
+        raise Refused(f"The {which} has more than 8 bits for a colour, which would be cut off. Save it with 8.")
     if image.width * image.height > MAX_PIXELS:
         raise Refused(
             f"The {which} has {image.width} × {image.height} pixels, more than {MAX_PIXELS // 10**6} million. Scale it down."
@@ -344,9 +353,10 @@ def think(photo, other, question, temperature, seed, num_samples):
     yield show(f"{result} Drawing {num_samples} latents …", answers)
     drawn_at = temperature or 1.0
     spread = spread_bars(sample(photo, question, drawn_at, num_samples), drawn_at, temperature)
-    for moved in relevance(photo, question):
+    for moved in relevance(photo, other, question):
         yield show(f"{result} Looking where Z looks: {len(moved)} of {NUM_CELLS**2} cells …", answers, spread)
-    picture, caption = draw_map(photo, moved)
+    unit = "its length" if other is None else "the way to the other photo's Z"
+    picture, caption = draw_map(photo, moved, unit)
     yield show(f"{result} Done in {time.perf_counter() - began:.1f} s.", answers, spread, picture, caption)
 
 
@@ -467,6 +477,7 @@ def build_page(examples):
                         [(f"{number} draws", number) for number in NUM_SAMPLES],
                         value=NUM_SAMPLES[0],
                         label="Spread",
+                        scale=2,
                         min_width=120,
                         elem_id="samples",
                     )
