@@ -257,6 +257,14 @@ def test_a_model_that_is_not_pinned_or_has_no_latents_is_refused_in_a_sentence(
         app.load(name, revision)
 
 
+def test_examples_are_those_of_the_checkpoint_or_none(app, checkpoint, photos):
+    found = app.find_examples(str(checkpoint), "")
+    assert [Path(path).name for path, _ in found] == ["example_1.png", "example_2.png", "example_3.png"]
+    assert found[0][1] == QUESTION and all(Path(path).is_file() for path, _ in found)
+    assert app.find_examples(str(photos[0].parent), "") == []
+    assert app.build_page([]) is not None  # a page without any
+
+
 def test_without_spaces_the_app_says_so_and_goes_on(monkeypatch, capsys):
     assert hasattr(load_app(), "spaces") and capsys.readouterr().out == ""
     monkeypatch.setitem(sys.modules, "spaces", None)

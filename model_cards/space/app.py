@@ -84,9 +84,10 @@ def load(name, revision):
 
 def find_examples(name, revision):
     """Photos and questions that come with a checkpoint, as `(path, question)`; none where it has no `examples.json`."""
-    source = {"revision": revision or None, "_raise_exceptions_for_missing_entries": False}
-    listing = cached_file(name, "examples.json", **source)
-    if listing is None:
+    source = {"revision": revision or None}
+    try:
+        listing = cached_file(name, "examples.json", **source)
+    except OSError:
         return []
     with open(listing, encoding="utf-8") as file:
         return [(cached_file(name, example["image"], **source), example["question"]) for example in json.load(file)]
@@ -395,6 +396,8 @@ photo, and without. Where all three agree, Z made no difference.
 THEME = gr.themes.Default(primary_hue="indigo", font="system-ui", font_mono="monospace").set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
     block_label_text_color="*neutral_700",
     block_label_text_color_dark="*neutral_200",
     block_title_text_color="*neutral_700",
