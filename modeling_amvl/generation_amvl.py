@@ -3,7 +3,9 @@
 `generate` runs the backbone's own decoding loops. Only the prefill differs: after the prompt it adds the latents to the
 cache, so that ids, streamers, processors and stopping criteria see the prompt and the answer and never a latent.
 
-Shapes: B rows of the prompt, R rows of the decoding loop (B times beams or returned sequences), P prompt, K latents.
+With several samples per prompt the prompt still runs once: what it leaves is repeated, see sampling_amvl.py.
+
+Shapes: B rows of the prompt, R rows of the decoding loop (B times samples, beams or returned sequences), P prompt, K latents.
 """
 
 import functools
@@ -21,21 +23,31 @@ from .branching_amvl import (
     without_checkpointing,
 )
 from .cache_amvl import CACHE_ARGUMENT, takes_back
-from .latents_amvl import draw_noise, sample_latents
+from .latents_amvl import sample_latents
+from .sampling_amvl import draw_rows, per_prompt, repeat_cache
 
 
-# What `generate` cannot do with latents in the cache, and why.
-REFUSED_ARGUMENTS = {
-    "assistant_model": "assisted decoding rolls the cache back over the latents",
-    "prompt_lookup_num_tokens": "assisted decoding rolls the cache back over the latents",
-    "assistant_early_exit": "assisted decoding rolls the cache back over the latents",
-    "use_mtp": "assisted decoding rolls the cache back over the latents",
-    "guidance_scale": "its unconditional half would run without latents",
-    "custom_generate": "a decoding loop of your own would not read the latents",
-    "past_key_values": "a given cache holds no latents",
-    "cache": "a given cache holds no latents",
-    "inputs_embeds": "the prompt is needed as `input_ids`",
-}
+def effective_settings(arguments, generation_config, model_generation_config):
+    """
+    What each setting of a call of `generate` comes to, as there: arguments, then what the two configs set.
+
+    Args:
+        arguments (`dict`): keyword arguments of the call.
+        generation_config (`GenerationConfig`, *optional*): passed to the call.
+        model_generation_config (`GenerationConfig`): the model's, from the checkpoint's file say.
+
+    Returns:
+        `Callable`: from the name of a setting, and a default in place of `None`, to its value.
+    """
+
+    def setting(name, default=None):
+        value = arguments.get(name)
+        if name not in arguments:
+            value = getattr(generation_config, name, None)
+            value = getattr(model_generation_config, name, None) if value is None else value
+        return default if value is None else value
+
+    return setting
 
 
 class LatentDecoding:
@@ -48,16 +60,20 @@ class LatentDecoding:
         latents (`torch.Tensor`, *optional*): `(B, K, Z)` or `(R, K, Z)`, used instead of the prior's.
         temperature (`float`): of the prior's sample.
         generator (`torch.Generator`, *optional*): source of the noise.
-        noise_per_sequence (`bool`): whether each of R rows draws its own noise, or the rows of a prompt share one.
+        num_samples (`int`): latents drawn per prompt.
+        num_beams (`int`): rows of the decoding loop that share a sample.
     """
 
-    def __init__(self, model, num_rows, latents, temperature, generator, noise_per_sequence):
+    def __init__(self, model, num_rows, latents, temperature, generator, num_samples, num_beams):
         self.model = model
         self.num_rows = num_rows
         self.latents = latents
         self.temperature = temperature
         self.generator = generator
-        self.noise_per_sequence = noise_per_sequence
+        self.num_samples = num_samples
+        self.num_beams = num_beams
+        # Rows of the loop for each one that the prompt runs in: samples share it, beams and returned sequences are on their own.
+        self.repeats = num_samples * num_beams if num_samples > 1 else 1
         self.num_prompt_tokens = None
         self.decoded_latents = None
 
@@ -71,13 +87,14 @@ class LatentDecoding:
         repeats = num_rows // self.latents.shape[0]
         return self.latents.to(device).repeat_interleave(repeats, dim=0)
 
-    def sample(self, hidden):
-        """A sample of the prior, `(R, K, Z)`, read off the hidden states `(R, K, D)` of the placeholders."""
+    def sample(self, hidden, num_rows):
+        """A sample of the prior, `(R, K, Z)`, read off the hidden states `(*, K, D)` of the placeholders."""
         mean, log_variance = self.model.prior_head(hidden)
-        num_rows, noise = hidden.shape[0], None
+        noise = None
         if self.temperature != 0:
-            rows = num_rows if self.noise_per_sequence else self.num_rows
-            noise = draw_noise(mean, rows, self.generator).repeat_interleave(num_rows // rows, dim=0)
+            noise = draw_rows(mean, self.num_rows, num_rows, self.num_samples, self.num_beams, self.generator)
+        repeats = num_rows // hidden.shape[0]
+        mean, log_variance = (part.repeat_interleave(repeats, dim=0) for part in (mean, log_variance))
         return sample_latents(mean, log_variance, self.temperature, noise=noise)
 
 
@@ -89,26 +106,33 @@ class LatentDecodingMixin:
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         decoding = self.latent_decoding
         cache = model_kwargs[CACHE_ARGUMENT]
-        placeholders = decoding.placeholders(input_ids.shape[0], input_ids.device)
+        num_rows, repeats = input_ids.shape[0], decoding.repeats
+        prompt_ids = input_ids[::repeats]
+        placeholders = decoding.placeholders(prompt_ids.shape[0], input_ids.device)
         reads_prior, hidden = decoding.latents is None, None
         if reads_prior and generation_config.prefill_chunk_size is None and takes_back(self, cache):
             # One forward less: the placeholders run behind the prompt and leave the cache again.
-            outputs, hidden = run_prompt(self, input_ids, model_kwargs, placeholders)
+            outputs, hidden = run_prompt(self, prompt_ids, model_kwargs, placeholders)
             cache.crop(-placeholders.shape[1])
         else:
-            outputs = super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+            outputs = super()._prefill(prompt_ids, generation_config, model_kwargs, is_first_iteration)
         keep_encoded_images(self, model_kwargs, outputs)
         if not reads_prior:
-            latents = decoding.given_latents(input_ids.shape[0], input_ids.device)
+            latents = decoding.given_latents(num_rows, input_ids.device)
         else:
             if hidden is None:
-                prompt = SharedPrompt.resume(self, input_ids, model_kwargs, outputs, cache)
+                prompt = SharedPrompt.resume(self, prompt_ids, model_kwargs, outputs, cache)
                 hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
-            latents = decoding.sample(hidden)
+            latents = decoding.sample(hidden, num_rows)
 
         num_latents = latents.shape[1]
         decoding.num_prompt_tokens = input_ids.shape[1]
         extended = extend_model_kwargs(self, model_kwargs, outputs, input_ids.shape[1], num_latents)
+        if repeats > 1:
+            repeat_cache(cache, prompt_ids.shape[0], repeats)
+            _, extended = super()._expand_inputs_for_generation(
+                input_ids=prompt_ids, expand_size=repeats, is_encoder_decoder=False, **extended
+            )
         extended[CACHE_ARGUMENT] = cache
         # In place: the decoding loop goes on with this very dictionary.
         model_kwargs.clear()
@@ -118,7 +142,7 @@ class LatentDecodingMixin:
         )
         model_inputs.pop("logits_to_keep", None)  # the tap below keeps the last position itself
         embedded = decoding.model.embed_latents(latents)
-        with tapped(self, (input_ids.shape[0], num_latents), slice(-1, None), embedded):
+        with tapped(self, (num_rows, num_latents), slice(-1, None), embedded):
             outputs = self(**model_inputs, return_dict=True)
         decoding.decoded_latents = latents
         return outputs
@@ -131,6 +155,39 @@ class LatentDecodingMixin:
             input_ids = torch.cat([prompt, placeholders, answer], dim=1)
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return complete_inputs(self, input_ids, kwargs, model_inputs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        repeats = self.latent_decoding.repeats
+        if repeats == 1:
+            return super()._expand_inputs_for_generation(
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+        # The ids alone, by which the decoding loop counts its rows: the prompt runs once.
+        return input_ids.repeat_interleave(repeats, dim=0), model_kwargs
+
+    def _get_logits_processor(
+        self,
+        generation_config,
+        *args,
+        encoder_input_ids=None,
+        prefix_allowed_tokens_fn=None,
+        model_kwargs=None,
+        **kwargs,
+    ):
+        decoding = self.latent_decoding
+        if decoding.repeats > 1:  # processors that look prompts up find them, row by row
+            encoder_input_ids = encoder_input_ids.repeat_interleave(decoding.repeats, dim=0)
+            prefix_allowed_tokens_fn = per_prompt(prefix_allowed_tokens_fn, decoding.num_samples)
+            if (mask := model_kwargs.get("attention_mask")) is not None:
+                model_kwargs = {**model_kwargs, "attention_mask": mask.repeat_interleave(decoding.repeats, dim=0)}
+        return super()._get_logits_processor(
+            generation_config,
+            *args,
+            encoder_input_ids=encoder_input_ids,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            model_kwargs=model_kwargs,
+            **kwargs,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

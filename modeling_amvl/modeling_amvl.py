@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .adapters_amvl import commit_of, find_adapter, load_base, put_adapter, refuse_other_latents, save_beside_adapter
 from .branching_amvl import PLANS, Cuts, as_leaf, output_embeddings
 from .configuration_amvl import AMVLConfig
-from .generation_amvl import REFUSED_ARGUMENTS, LatentDecoding, generate_with_latents
+from .generation_amvl import LatentDecoding, effective_settings, generate_with_latents
 from .latents_amvl import GaussianHead, draw_noise, reset_projection, sample_latents, upcast
 from .refusals_amvl import (
     EMBEDDING_ROWS_MULTIPLE,
@@ -27,11 +27,15 @@ from .refusals_amvl import (
     refuse_compiled,
     refuse_completion,
     refuse_config,
+    refuse_decoding,
     refuse_initial_token,
     refuse_model_type,
     refuse_right_padding,
+    refuse_samples,
+    refuse_temperature,
     refuse_token,
 )
+from .sampling_amvl import keep_majority
 from .sharding_amvl import whole
 
 
@@ -609,7 +613,15 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs=None, generation_config=None, latent_temperature=None, latents=None, generator=None, **kwargs
+        self,
+        inputs=None,
+        generation_config=None,
+        latent_temperature=None,
+        latents=None,
+        generator=None,
+        num_latent_samples=None,
+        return_majority=False,
+        **kwargs,
     ):
         """
         The backbone's `generate`, with latents between prompt and answer; takes what the processor returns.
@@ -620,32 +632,28 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             latent_temperature (`float`, *optional*): a latent is `mean + latent_temperature * std * noise`; defaults to
                 the config's. One sample per prompt, per returned sequence when sampling.
             latents (`torch.Tensor`, *optional*): `(B, K, Z)`, or a row per returned sequence: used instead of the prior's.
+                With `num_latent_samples` `(B * n, K, Z)`.
             generator (`torch.Generator`, *optional*): seeds the noise of the latents.
+            num_latent_samples (`int`, *optional*): n latents are drawn per prompt and each is answered, `(B * n, S)`, those of a
+                prompt next to each other; 1 by default. The prompt runs once. Needs a temperature above 0. All prompts of a
+                batch take the same n draws of noise, so that what a prompt is answered does not depend on the others, and
+                the first of n samples are those of fewer.
+            return_majority (`bool`, defaults to `False`): return the most frequent of the n answers alone, `(B, S)`. Answers
+                are compared token by token up to the first end token; the first drawn wins a tie. To vote by text see
+                `AMVLProcessor.majority`.
             **kwargs: as in the stock `generate`: image inputs, `max_new_tokens`, `do_sample`, `num_beams`, `streamer`, ...
 
         Returns:
             `torch.LongTensor` `(R, P + new)`, prompt and answer ids without latents; or the stock output class, with
-            `latents` `(R, K, Z)` added, under `return_dict_in_generate`.
+            `latents` `(R, K, Z)` added, under `return_dict_in_generate`. With `return_majority` it also has
+            `sample_sequences` `(B * n, S)` and `majority_share` `(B,)`, the share of the samples that gave the answer.
 
         Raises:
             ValueError: an argument that latents do not go with.
             RuntimeError: no latent reached the decoder.
         """
-        settings = self.generation_config if generation_config is None else generation_config
-
-        def setting(name, default=None):
-            value = kwargs.get(name, getattr(settings, name, None))
-            return default if value is None else value
-
-        for name, reason in REFUSED_ARGUMENTS.items():
-            if setting(name) is not None and setting(name) is not False:
-                raise ValueError(
-                    f"`{name}` does not go with latents: {reason}. Leave it out, or use `model.backbone`."
-                )
-        if setting("cache_implementation") == "paged":
-            raise ValueError("`cache_implementation='paged'` does not go with latents: it batches without a prefill.")
-        if setting("use_cache", True) is False:
-            raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+        setting = effective_settings(kwargs, generation_config, self.generation_config)
+        refuse_decoding(setting)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
             got = tuple(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
@@ -657,16 +665,21 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.validate_latents()
         refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
-        if temperature < 0:
-            raise ValueError(f"`latent_temperature` must be 0 or more, got {temperature}.")
-        num_beams = setting("num_beams", 1)
-        num_rows = input_ids.shape[0]
+        refuse_temperature(temperature)
+        num_rows, num_beams = input_ids.shape[0], setting("num_beams", 1)
+        num_returned = setting("num_return_sequences", 1)
+        refuse_samples(num_latent_samples, return_majority, temperature, latents, num_returned, kwargs.get("streamer"))
+        num_samples = num_latent_samples or 1
         if latents is not None:
-            self._refuse_slots(
-                "latents", latents, (num_rows, num_rows * max(num_beams, setting("num_return_sequences", 1)))
-            )
-        decoding = LatentDecoding(self, num_rows, latents, temperature, generator, noise_per_sequence=num_beams == 1)
-        return generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
+            of_prompts = (num_rows, num_rows * max(num_beams, num_returned))
+            self._refuse_slots("latents", latents, of_prompts if num_samples == 1 else (num_rows * num_samples,))
+        decoding = LatentDecoding(self, num_rows, latents, temperature, generator, num_samples, num_beams)
+        outputs = generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
+        return (
+            keep_majority(outputs, input_ids.shape[1], num_samples, setting("eos_token_id"))
+            if return_majority
+            else outputs
+        )
 
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching runs without a prefill of its own, so that no latent would reach the decoder."""

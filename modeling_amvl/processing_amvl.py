@@ -1,5 +1,6 @@
 """The processor of an AMVL model: the backbone's own processor, plus the latent token, left padding, image budget."""
 
+import collections
 import copy
 import functools
 import json
@@ -226,6 +227,31 @@ class AMVLProcessor(ProcessorMixin):
         # An attribute of the same name precedes `size` where the image processor reads it at all.
         read = {*bounds.values(), *self.image_processor.valid_kwargs.__annotations__} & settings.keys()
         return {name: settings[name] if name in read else settings["size"][key] for name, key in bounds.items()}
+
+    @staticmethod
+    def majority(texts: list[str]) -> tuple[str, float]:
+        """The most frequent of several answers to one question, and its share: how sure a model is over its latents.
+
+        Case, white space and a full stop at the end make no difference. `generate(..., return_majority=True)` votes
+        token by token instead.
+
+        Args:
+            texts (`list[str]`): Decoded answers, in the order in which they were drawn; the first drawn wins a tie.
+
+        Returns:
+            `tuple[str, float]`: The answer as it was first drawn, without white space around it, and its share of `texts`.
+
+        Raises:
+            ValueError: If `texts` is no list of strings, or empty.
+        """
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"`texts` must be a list of the answers to one question, got {texts!r}: pass what `batch_decode` returns "
+                "for its samples."
+            )
+        votes = [" ".join(text.split()).removesuffix(".").rstrip().casefold() for text in texts]
+        winner, count = collections.Counter(votes).most_common(1)[0]  # of equals the first it met
+        return texts[votes.index(winner)].strip(), count / len(texts)
 
     def to_dict(self) -> dict:
         """Returns what `processor_config.json` holds: the stock content and what rebuilds this class."""

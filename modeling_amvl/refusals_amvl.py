@@ -1,6 +1,8 @@
 """What AMVL cannot wrap or run, each with the sentence that says why; all raise `ValueError`."""
 
 import inspect
+import math
+import numbers
 
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -18,6 +20,31 @@ COMPILE_LAYERS = (
     "Latents enter a backbone by hooks, which compiled code skips: compile its layers instead, `for layer in "
     "model.backbone.get_decoder().layers: layer.compile()`."
 )
+
+# What `generate` cannot do with latents in the cache, and why.
+_ROLLS_BACK = "assisted decoding rolls the cache back over the latents"
+_LOOP_OF_ITS_OWN = "it is no longer part of transformers, and remote code would not read the latents"
+REFUSED_ARGUMENTS = {
+    "assistant_model": _ROLLS_BACK,
+    "prompt_lookup_num_tokens": _ROLLS_BACK,
+    "assistant_early_exit": _ROLLS_BACK,
+    "use_mtp": _ROLLS_BACK,
+    "guidance_scale": "its unconditional half would run without latents",
+    "custom_generate": "a decoding loop of your own would not read the latents",
+    "penalty_alpha": _LOOP_OF_ITS_OWN,
+    "dola_layers": _LOOP_OF_ITS_OWN,
+    "num_beam_groups": _LOOP_OF_ITS_OWN,
+    "constraints": _LOOP_OF_ITS_OWN,
+    "force_words_ids": _LOOP_OF_ITS_OWN,
+    "token_healing": "it generates within the prompt, where no latents are",
+    "past_key_values": "a given cache holds no latents",
+    "cache": "a given cache holds no latents",
+    "inputs_embeds": "the prompt is needed as `input_ids`",
+}
+# At these values they do nothing.
+NEUTRAL = {"guidance_scale": 1, "penalty_alpha": 0, "num_beam_groups": 1}
+# Arguments of `generate`, which `GenerationConfig` would take and nothing read.
+OWN_ARGUMENTS = ("latent_temperature", "latents", "generator", "num_latent_samples", "return_majority")
 
 
 def refuse_model_type(model_type, name):
@@ -114,3 +141,73 @@ def refuse_completion(input_ids, completion_ids, completion_mask):
         raise ValueError("`completion_mask` must start with 1 in every row: answers are right-padded and not empty.")
     if (completion_mask[:, 1:] > completion_mask[:, :-1]).any():
         raise ValueError("`completion_mask` must be 1s followed by 0s: answers are right-padded.")
+
+
+def refuse_decoding(setting):
+    """Refuses ways of decoding that latents do not go with; `setting` gives the value of a setting, wherever it was made."""
+    for name, reason in REFUSED_ARGUMENTS.items():
+        value = setting(name)
+        if value is None or value is False or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        got = f"={value!r}" if isinstance(value, (bool, int, float, str)) else f" (a `{type(value).__name__}`)"
+        raise ValueError(
+            f"`{name}` does not go with latents: {reason}. Got `{name}{got}`: leave it out, or use `model.backbone`."
+        )
+    for name in OWN_ARGUMENTS:
+        if (value := setting(name)) is not None:
+            raise ValueError(
+                f"`{name}` is an argument of `generate`, no setting of a `generation_config`, got {value!r} there: pass "
+                f"`generate(..., {name}=...)`."
+            )
+    if setting("cache_implementation") == "paged":
+        raise ValueError(
+            "`cache_implementation='paged'` does not go with latents: it batches without a prefill. Leave it out."
+        )
+    if setting("use_cache") is False:
+        raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+
+
+def refuse_temperature(latent_temperature):
+    is_number = isinstance(latent_temperature, numbers.Real) and not isinstance(latent_temperature, bool)
+    if not is_number or not 0 <= latent_temperature < math.inf:
+        raise ValueError(f"`latent_temperature` must be 0 or more, got {latent_temperature!r}.")
+
+
+def refuse_samples(num_latent_samples, return_majority, temperature, latents, num_return_sequences, streamer):
+    """
+    Refuses what `num_latent_samples` and `return_majority` do not go with.
+
+    Raises:
+        ValueError: no positive integer, samples that would all be the same, or a setting that takes one sequence per prompt.
+    """
+    if num_latent_samples is not None and (type(num_latent_samples) is not int or num_latent_samples < 1):
+        raise ValueError(
+            f"`num_latent_samples` must be a positive integer or `None`, got {num_latent_samples!r}: how many latents are "
+            "drawn per prompt."
+        )
+    if type(return_majority) is not bool:
+        raise ValueError(f"`return_majority` must be `True` or `False`, got {return_majority!r}.")
+    several = num_latent_samples is not None and num_latent_samples > 1
+    if return_majority and not several:
+        raise ValueError(
+            f"`return_majority=True` needs several samples to vote, got `num_latent_samples={num_latent_samples}`: pass "
+            "`num_latent_samples=8` and `latent_temperature=1.0`."
+        )
+    if not several:
+        return
+    name = f"`num_latent_samples={num_latent_samples}`"
+    if latents is None and temperature == 0:
+        raise ValueError(
+            f"{name} at `latent_temperature` {temperature} would be the same sample {num_latent_samples} times: pass "
+            "`latent_temperature=1.0`."
+        )
+    if num_return_sequences > 1:
+        raise ValueError(
+            f"{name} does not go with `num_return_sequences={num_return_sequences}`: each sample gives one sequence. Leave "
+            "`num_return_sequences` out, and with `do_sample=True` ask for more samples."
+        )
+    if streamer is not None:
+        raise ValueError(
+            f"{name} does not go with a `streamer`, got a `{type(streamer).__name__}`: it takes one sequence, and the samples "
+            "are generated side by side. Leave one of the two out."
+        )

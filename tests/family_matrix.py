@@ -235,6 +235,31 @@ def generates_as_it_is_taught(family):
     return max(distances)
 
 
+def samples_are_what_each_gives_alone(family, num_samples=3):
+    """Logits of several samples of a prompt against those of its latents, one call each; their tokens have to be the same."""
+    model = build_model(family)
+    words = slice(WORDS.start, WORDS.stop)
+    settings = {
+        "min_new_tokens": 4,
+        "max_new_tokens": 4,
+        "suppress_tokens": [token for token in range(IMAGE + 20) if token not in WORDS],
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    distances = []
+    for rows in readable_batches(family):
+        prompts = make_prompts(family, rows)
+        samples = model.generate(**prompts, num_latent_samples=num_samples, latent_temperature=2.0, **settings)
+        for sample in range(num_samples):
+            alone = model.generate(**prompts, latents=samples.latents[sample::num_samples], **settings)
+            assert torch.equal(samples.sequences[sample::num_samples], alone.sequences), f"sample {sample} of {rows}"
+            distances.extend(
+                distance(got[sample::num_samples, words], expected[:, words])
+                for got, expected in zip(samples.logits, alone.logits, strict=True)
+            )
+    return max(distances)
+
+
 CHECKS = {
     shared_is_reference: FP32,
     full_is_reference: FP32,

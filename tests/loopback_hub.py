@@ -35,7 +35,8 @@ READ_TOKEN = "may-read-and-is-written-nowhere"
 USER = "loopback"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".zip", ".npz", ".png", ".jpg")  # as in .gitattributes
 REPOSITORY = r"(?P<id>[^/]+/[^/]+)"
-KIND = r"/api/(?P<kind>models|datasets)/" + REPOSITORY
+KIND = r"/api/(?P<kind>models|datasets|spaces)/" + REPOSITORY
+PREFIX = r"/(?P<kind>datasets/|spaces/)?"  # of files and of large uploads
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class LoopbackHub:
 
     Attributes:
         endpoint (`str`): What clients need as `HF_ENDPOINT`; `environment` gives all that they need.
-        models, datasets (`dict[str, Repository]`): The repositories by id, to look into from a test.
+        models, datasets, spaces (`dict[str, Repository]`): The repositories by id, to look into from a test.
         requests (`list[str]`): "METHOD /path" of each request, in order of arrival.
         faults (`list[Fault]`): What goes wrong, the first that matches; empty at first.
     """
@@ -190,6 +191,7 @@ class LoopbackHub:
     def __init__(self):
         self.models: dict[str, Repository] = {}
         self.datasets: dict[str, Repository] = {}
+        self.spaces: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
@@ -229,7 +231,8 @@ class LoopbackHub:
         return None
 
     def repository(self, kind: str | None, id: str) -> Repository:
-        repositories = self.datasets if kind and kind.startswith("datasets") else self.models
+        kind = (kind or "models").rstrip("/")
+        repositories = getattr(self, kind)
         if id not in repositories:
             raise HubError(404, "RepoNotFound", "Repository not found")
         return repositories[id]
@@ -254,14 +257,16 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self, body):
         request = json.loads(body)
         id = f"{request.get('organization') or USER}/{request['name']}"
-        is_dataset = request.get("type") == "dataset"
-        repositories = self.hub.datasets if is_dataset else self.hub.models
+        kind = f"{request.get('type') or 'model'}s"
+        if kind == "spaces" and request.get("sdk") not in ("gradio", "docker", "static"):
+            raise HubError(400, "BadRequest", f"Invalid sdk: {request.get('sdk')}")
+        repositories = getattr(self.hub, kind)
         status = 409 if id in repositories else 200
         if status == 200:
             repositories[id] = Repository()
             attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
             repositories[id].commit({".gitattributes": File(attributes.encode(), lfs=False)})
-        url = f"{self.hub.endpoint}/{'datasets/' if is_dataset else ''}{id}"
+        url = f"{self.hub.endpoint}/{'' if kind == 'models' else f'{kind}/'}{id}"
         return status, {}, {"url": url, "id": id, "name": id}
 
     def auth_check(self, body, kind, id):
@@ -311,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif key != "header":
                 raise HubError(400, "BadRequest", f"Unknown operation {key}")
         sha = self.hub.repository(kind, id).commit(files)
-        url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{id}/commit/{sha}"
+        url = f"{self.hub.endpoint}/{'' if kind == 'models' else f'{kind}/'}{id}/commit/{sha}"
         return 200, {}, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""}
 
     def info(self, body, kind, id, revision=None):
@@ -364,11 +369,11 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/validate-yaml", validate_yaml),
         ("POST", KIND + r"/preupload/(?P<revision>[^/]+)", preupload),
         ("POST", KIND + r"/commit/(?P<revision>[^/]+)", commit),
-        ("POST", r"/(?P<kind>datasets/)?" + REPOSITORY + r"\.git/info/lfs/objects/batch", lfs_batch),
+        ("POST", PREFIX + REPOSITORY + r"\.git/info/lfs/objects/batch", lfs_batch),
         ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", lfs_put),
         ("GET", KIND + r"(/revision/(?P<revision>[^/]+))?", info),
         ("GET", KIND + r"/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", tree),
-        ("GET", r"/(?P<kind>datasets/)?" + REPOSITORY + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        ("GET", PREFIX + REPOSITORY + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ]
 
     def do_GET(self):

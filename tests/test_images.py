@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import ExifTags, Image
 from skimage import data
@@ -23,6 +24,8 @@ from trainer.data.rows import BadRow
 
 
 pytestmark = pytest.mark.any_release
+# Its last 40 bytes; can go when gradio, and with it constraints.txt, takes Pillow 13.
+reads_ycbcr = pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow 12 misses bytes of the YCbCr TIFF it wrote")
 
 
 def encoded(image, format="PNG", **settings):
@@ -106,7 +109,7 @@ def test_the_hubs_cache_may_link_from_a_snapshot_to_its_blobs_alone(tmp_path):
         ("RGBA", "WEBP"),
         ("RGB", "BMP"),
         ("RGB", "TIFF"),
-        ("YCbCr", "TIFF"),
+        pytest.param("YCbCr", "TIFF", marks=reads_ycbcr),
         ("RGB", "PPM"),
     ],
 )
@@ -271,7 +274,10 @@ def test_no_damage_to_a_file_raises_anything_else():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "I;16", "CMYK", "F", "I", "YCbCr"])
+@pytest.mark.parametrize(
+    "mode",
+    ["RGB", "L", "1", "P", "RGBA", "LA", "I;16", "CMYK", "F", "I", pytest.param("YCbCr", marks=reads_ycbcr)],
+)
 def test_a_decoded_image_is_stored_in_its_own_mode(mode):
     stored = store_image(gradient(mode), [])
     with Image.open(io.BytesIO(stored["bytes"])) as again:

@@ -160,6 +160,9 @@ def assert_demo_output(output, folder, num_rows):
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     colorful = np.unique(pixels[np.ptp(pixels, axis=1) > 60], axis=0)
     assert len(colorful) >= 3  # the curves; frame, grid and letters are grey
+    examples = json.loads((folder / "examples.json").read_text())
+    assert len(examples) == 3 and all(example["question"].startswith("2 steps from") for example in examples)
+    assert [Image.open(folder / example["image"]).size for example in examples] == [(288, 288)] * 3
     card = ModelCard.load(folder / "README.md")
     assert "amvl" in card.data.tags and card.text.lstrip().startswith(f"# {folder.name}\n")
     assert not list(folder.rglob("checkpoint-*")) and (folder / "model.safetensors").is_file()

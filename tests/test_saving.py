@@ -31,6 +31,7 @@ CODE = {
     "latents_amvl.py",
     "modeling_amvl.py",
     "refusals_amvl.py",
+    "sampling_amvl.py",
     "sharding_amvl.py",
 }
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")

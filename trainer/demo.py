@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 
 from .base import add_latents, load_base
-from .data.color_steps import FIRST_STEPS, build_color_steps
+from .data.color_steps import FIRST_STEPS, IMAGE_SIZE, build_color_steps
 from .diagnostics.interventions import swap_cost
 from .evaluation import accuracy_on, answer_questions, answer_text, format_table, guesses
 from .tiny_training import train_amvl, train_sft
+
+
+NUM_EXAMPLES = 3  # pictures that are saved with the checkpoint, for the Space in model_cards/space
 
 
 @dataclass
@@ -108,13 +111,33 @@ def run_demo(arguments):
     (output_dir / "results.md").write_text(f"{settings}\n\n{table}\n", encoding="utf-8")
     (output_dir / "results.json").write_text(json.dumps(columns, indent=2), encoding="utf-8")
     test_rows[0]["images"][0].save(output_dir / "example.png")
+    save_examples(output_dir, arguments)
     print(f"\n{settings}\n\n{table}\n")
     print(EXPLANATION)
-    question = next(part["text"] for part in test_rows[0]["prompt"][0]["content"] if part["type"] == "text")
     print(f"\nCheckpoint: {output_dir}, curves: {curves}. To ask it, anywhere, with torch and transformers alone:\n")
-    print(LOADING_LINES.format(folder=output_dir, image=output_dir / "example.png", question=question))
+    print(
+        LOADING_LINES.format(folder=output_dir, image=output_dir / "example.png", question=question_text(test_rows[0]))
+    )
     print(f"\nIt says {answers[0]!r}; right is {answer_text(test_rows[0])!r}. The control is in {control_dir}.")
     return columns
+
+
+def save_examples(output_dir, arguments):
+    """Saves held-out pictures for people to ask about, larger than those that the model was trained on, and their questions."""
+    kind, examples = FIRST_STEPS[-1:], []
+    rows = build_color_steps(
+        NUM_EXAMPLES, "held_out", arguments.seed, kind, image_size=4 * IMAGE_SIZE, image_dir=arguments.image_dir
+    )
+    for number, row in enumerate(rows, start=1):
+        name = f"example_{number}.png"
+        row["images"][0].save(output_dir / name)
+        examples.append({"image": name, "question": question_text(row), "answer": answer_text(row)})
+    (output_dir / "examples.json").write_text(json.dumps(examples, indent=2), encoding="utf-8")
+
+
+def question_text(row):
+    """What a row asks."""
+    return next(part["text"] for part in row["prompt"][0]["content"] if part["type"] == "text")
 
 
 EXPLANATION = """\

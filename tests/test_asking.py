@@ -1,0 +1,276 @@
+"""Several latents per prompt: each answer is what its latents give alone, the prompt runs once, the vote is a count."""
+
+import collections
+
+import pytest
+import torch
+from families import EOS, PAD, make_prompts
+from family_matrix import samples_are_what_each_gives_alone
+from test_family_matrix import FIVE
+from test_generation import LATENT_SIZE, NUM_LATENTS, NUM_NEW, ROWS, Recorder, build_model, seeded
+from transformers import GenerationConfig
+
+from modeling_amvl import AMVLProcessor
+from modeling_amvl.sampling_amvl import vote
+
+
+NUM_SAMPLES = 4
+SAMPLES = {"num_latent_samples": NUM_SAMPLES, "latent_temperature": 3.0, "max_new_tokens": NUM_NEW}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return make_prompts("llava", ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which answers come out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_samples_are_what_each_gives_alone(family):
+    """Caches of full and sliding attention, of recurrent and convolutional states, of attention across to the image."""
+    assert samples_are_what_each_gives_alone(family) < 1e-4  # fp32
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"cache_implementation": "static", "prefill_chunk_size": 7},
+        {"num_beams": 2},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 2},
+        {"do_sample": True, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_settings_of_the_decoding_loop_go_with_samples(model, prompts, setting):
+    samples = model.generate(**prompts, **SAMPLES, **setting, generator=seeded(), return_dict_in_generate=True)
+    beams = setting.get("num_beams", 1)
+    latents = samples.latents[::beams].unflatten(0, (len(ROWS), NUM_SAMPLES))
+    assert torch.unique(latents.flatten(0, 1), dim=0).shape[0] == len(ROWS) * NUM_SAMPLES
+    for sample in range(NUM_SAMPLES):
+        alone = model.generate(**prompts, latents=latents[:, sample], **setting, max_new_tokens=NUM_NEW)
+        assert torch.equal(samples.sequences[sample::NUM_SAMPLES], alone)
+
+
+def test_what_looks_prompts_up_by_row_finds_them(model, prompts):
+    asked = set()
+
+    def allowed(row, ids):
+        asked.add(row)
+        return [10 + row]
+
+    sequences = model.generate(**prompts, **SAMPLES, prefix_allowed_tokens_fn=allowed)
+    assert asked == {0, 1, 2}
+    assert sequences[:, -1].tolist() == [10] * NUM_SAMPLES + [11] * NUM_SAMPLES + [12] * NUM_SAMPLES
+
+
+def test_processors_and_criteria_see_every_sample(model, prompts):
+    length, seen = prompts["input_ids"].shape[1], []
+
+    def processor(input_ids, scores):
+        seen.append(tuple(input_ids.shape))
+        return scores
+
+    def criterion(input_ids, scores):
+        return torch.full((len(input_ids),), input_ids.shape[1] == length + 2)
+
+    sequences = model.generate(**prompts, **SAMPLES, logits_processor=[processor], stopping_criteria=[criterion])
+    assert sequences.shape == (len(ROWS) * NUM_SAMPLES, length + 2)
+    assert seen == [(len(ROWS) * NUM_SAMPLES, length), (len(ROWS) * NUM_SAMPLES, length + 1)]
+
+
+def test_tokens_are_sampled_apart_where_they_are_sampled(model, prompts):
+    latents = torch.randn(1, NUM_LATENTS, LATENT_SIZE).expand(3 * NUM_SAMPLES, -1, -1)  # the same for all
+    sequences = model.generate(
+        **prompts, num_latent_samples=NUM_SAMPLES, latents=latents, do_sample=True, top_k=0, max_new_tokens=NUM_NEW
+    )
+    assert len({tuple(row) for row in sequences.tolist()}) == 3 * NUM_SAMPLES
+
+
+def test_one_sample_is_the_call_without(model, prompts):
+    settings = {"latent_temperature": 1.0, "max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    expected = model.generate(**prompts, **settings, generator=seeded())
+    got = model.generate(**prompts, **settings, generator=seeded(), num_latent_samples=1)
+    assert torch.equal(got.latents, expected.latents) and torch.equal(got.sequences, expected.sequences)
+    model.generate(**prompts, max_new_tokens=1, num_latent_samples=1)  # at temperature 0
+
+
+def test_given_latents_have_a_row_per_sample(model, prompts):
+    latents = torch.randn(3 * NUM_SAMPLES, NUM_LATENTS, LATENT_SIZE)
+    settings = {"num_latent_samples": NUM_SAMPLES, "max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    output = model.generate(**prompts, latents=latents, **settings)
+    assert torch.equal(output.latents, latents)
+    alone = model.generate(**prompts, latents=latents[1::NUM_SAMPLES], max_new_tokens=NUM_NEW)
+    assert torch.equal(output.sequences[1::NUM_SAMPLES], alone)
+    with pytest.raises(ValueError, match=r"`latents` must be a tensor of shape \(12, 3, 8\), got \(3, 3, 8\)"):
+        model.generate(**prompts, latents=latents[:3], **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they are drawn from, and what they cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_follow_the_seed_and_not_the_batch(model, prompts):
+    def latents(inputs, seed=0, **settings):
+        return model.generate(
+            **inputs, **SAMPLES | settings, generator=seeded(seed), return_dict_in_generate=True
+        ).latents
+
+    together = latents(prompts)
+    assert torch.equal(together, latents(prompts)) and not torch.equal(together, latents(prompts, seed=1))
+    for index, row in enumerate(ROWS):
+        alone = latents(make_prompts("llava", [row]))
+        torch.testing.assert_close(together[NUM_SAMPLES * index :][:NUM_SAMPLES], alone, rtol=1e-4, atol=1e-4)
+    fewer = latents(prompts, num_latent_samples=2)
+    expected = together.unflatten(0, (3, NUM_SAMPLES))[:, :2].flatten(0, 1)
+    torch.testing.assert_close(fewer, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_are_those_of_the_prior(model, prompts):
+    prior = model.prior(**prompts)
+    got = model.generate(**prompts, **SAMPLES, generator=seeded(), return_dict_in_generate=True).latents
+    generator = seeded()
+    noise = torch.cat([torch.randn(1, NUM_LATENTS, LATENT_SIZE, generator=generator) for _ in range(NUM_SAMPLES)])
+    expected = prior.mean[:, None] + 3.0 * (prior.log_variance[:, None] / 2).exp() * noise
+    torch.testing.assert_close(got, expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_the_prompt_and_its_images_and_its_prior_run_once_per_prompt(prompts, setting):
+    model = build_model()
+    encoded, prior, layers = [], [], []
+    model.get_encoder("image").register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    model.prior_head.register_forward_pre_hook(lambda module, args: prior.append(len(args[0])))
+    layer = model.backbone.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda module, args: layers.append(tuple(args[0].shape[:2])))
+    model.generate(**prompts, **SAMPLES | setting)
+    length, rows = prompts["input_ids"].shape[1], 3 * NUM_SAMPLES * setting.get("num_beams", 1)
+    assert encoded == [len(prompts["pixel_values"])] and prior == [3]
+    # A static cache lets the prior's placeholders run behind the prompt.
+    behind = [(3, length), (3, NUM_LATENTS)] if "cache_implementation" in setting else [(3, length + NUM_LATENTS)]
+    assert layers == [*behind, (rows, NUM_LATENTS), *[(rows, 1)] * (NUM_NEW - 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vote
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_majority_is_the_most_frequent_answer_up_to_its_end():
+    a, b, c = [7, 8, EOS, 5, 5], [7, 8, EOS, 9, 9], [7, 9, EOS, PAD, PAD]
+    d, e = [EOS, 1, 1, 1, 1], [1, 2, 3, 4, 5]
+    answers = torch.tensor([c, a, b, d, *[e, d, d, e], *[e, a, c, d]])
+    rows, shares = vote(answers, 4, [EOS])
+    assert rows.tolist() == [1, 4, 8] and shares.tolist() == [0.5, 0.5, 0.25]  # a and b are one answer
+    rows, shares = vote(answers[:4], 4, [])
+    assert rows.tolist() == [0] and shares.tolist() == [0.25]  # without an end all four differ
+    rows, shares = vote(answers[:4], 4, [8, EOS])
+    assert rows.tolist() == [1]
+
+
+def test_generate_returns_the_majority(model, prompts):
+    length = prompts["input_ids"].shape[1]
+    settings = SAMPLES | {"num_latent_samples": 9, "max_new_tokens": 1}
+    samples = model.generate(**prompts, **settings, generator=seeded())
+    output = model.generate(
+        **prompts, **settings, generator=seeded(), return_majority=True, return_dict_in_generate=True
+    )
+    assert torch.equal(output.sample_sequences, samples)
+    assert output.sequences.shape == (3, length + 1) and output.latents.shape == (27, NUM_LATENTS, LATENT_SIZE)
+    for row, answers in enumerate(samples[:, -1].view(3, 9).tolist()):
+        answer, count = collections.Counter(answers).most_common(1)[0]
+        assert output.sequences[row, -1] == answer and float(output.majority_share[row]) == pytest.approx(count / 9)
+    assert output.majority_share.min() < 1  # they differ
+    bare = model.generate(**prompts, **settings, generator=seeded(), return_majority=True)
+    assert torch.equal(bare, output.sequences)
+
+
+@pytest.mark.parametrize("place", ["argument", "object", "file"])
+def test_the_vote_ends_where_generation_does(prompts, place):
+    """Wherever the end token is set: without it the answers would differ in what stands behind."""
+    model = build_model()
+    settings = {**SAMPLES, "num_latent_samples": 9, "generator": seeded()}
+    first = int(model.generate(**prompts, **settings)[0, prompts["input_ids"].shape[1]])
+    end, passed = {"eos_token_id": [EOS, first]}, {}
+    if place == "argument":
+        passed = end
+    elif place == "object":
+        of_object = {"max_new_tokens": settings.pop("max_new_tokens"), "return_dict_in_generate": True}
+        passed = {"generation_config": GenerationConfig(pad_token_id=PAD, **of_object, **end)}
+    else:
+        model.generation_config.eos_token_id = end["eos_token_id"]
+    if place != "object":
+        passed["return_dict_in_generate"] = True
+    output = model.generate(**prompts, **settings | passed | {"generator": seeded()}, return_majority=True)
+    answers = output.sample_sequences[:9, prompts["input_ids"].shape[1] :]
+    ended = [row.tolist().index(first) if first in row else NUM_NEW for row in answers]
+    votes = collections.Counter(tuple(row[:end].tolist()) for row, end in zip(answers, ended, strict=True))
+    assert float(output.majority_share[0]) == pytest.approx(max(votes.values()) / 9)
+    assert 0 in ended
+
+
+def test_texts_vote_without_regard_to_case_space_and_full_stop():
+    assert AMVLProcessor.majority(["Two", " three. ", "two ", "Three", "THREE\n"]) == ("three.", 0.6)
+    assert AMVLProcessor.majority(["b", "a", "a", "b"]) == ("b", 0.5)  # a tie: the first drawn
+    assert AMVLProcessor.majority(["a  red\tcup", "A red cup."]) == ("a  red\tcup", 1.0)
+    assert AMVLProcessor.majority(["", "."]) == ("", 1.0)
+    for texts in ("two", [], [["two"]], [1], None):
+        with pytest.raises(ValueError, match="`texts` must be a list of the answers to one question, got"):
+            AMVLProcessor.majority(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *[
+            (
+                {"num_latent_samples": value},
+                f"`num_latent_samples` must be a positive integer or `None`, got {value!r}",
+            )
+            for value in (0, -1, True, False, 2.0, "8")
+        ],
+        (
+            {"latent_temperature": 0},
+            "`num_latent_samples=4` at `latent_temperature` 0 would be the same sample 4 times",
+        ),
+        ({"latent_temperature": None}, "pass `latent_temperature=1.0`"),  # the config's is 0
+        ({"num_return_sequences": 2, "do_sample": True}, "does not go with `num_return_sequences=2`"),
+        ({"num_return_sequences": 2, "num_beams": 2}, "does not go with `num_return_sequences=2`"),
+        ({"streamer": Recorder()}, "`num_latent_samples=4` does not go with a `streamer`, got a `Recorder`"),
+        ({"return_majority": "yes"}, "`return_majority` must be `True` or `False`, got 'yes'"),
+        ({"return_majority": 1}, "`return_majority` must be `True` or `False`, got 1"),
+        *[
+            ({"return_majority": True, "num_latent_samples": value}, "`return_majority=True` needs several samples")
+            for value in (None, 1)
+        ],
+        *[
+            ({"latent_temperature": value}, "`latent_temperature` must be 0 or more, got")
+            for value in (float("nan"), float("inf"), "1", True, -0.5)
+        ],
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_samples_is_refused_before_anything_runs(prompts, settings, message):
+    model = build_model()
+    model.backbone.get_input_embeddings().register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ValueError) as error:
+        model.generate(**prompts, **SAMPLES | settings)
+    assert message in str(error.value)
