@@ -176,7 +176,7 @@ def _refuse_reentrant(checkpoint_function):
 def prepare_prompt(backbone, input_ids, inputs):
     """The model's keyword arguments for a prompt as `generate` would start with them: positions added, mask explicit."""
     model_kwargs = {key: value for key, value in inputs.items() if value is not None}
-    if _required_inputs(type(backbone)) and backbone._supports_mm_encoder_outputs():
+    if required_inputs(type(backbone)) and backbone._supports_mm_encoder_outputs():
         # Every forward asks for the images; what can take them encoded gets them encoded once.
         model_kwargs = backbone._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
     model_kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -214,7 +214,7 @@ def extend_model_kwargs(backbone, model_kwargs, outputs, length, num_new_tokens)
 
 
 @functools.cache
-def _required_inputs(model_class):
+def required_inputs(model_class):
     """Names of what a forward cannot do without, besides the ids."""
     _, *parameters = inspect.signature(model_class.forward).parameters.values()  # without self
     return frozenset(
@@ -236,7 +236,7 @@ def complete_inputs(backbone, input_ids, model_kwargs, model_inputs):
         model_kwargs (`dict`): of the whole sequence.
         model_inputs (`dict`): of this forward, whose tokens are the last ones of the sequence.
     """
-    if required := _required_inputs(type(backbone)):
+    if required := required_inputs(type(backbone)):
         for name in {*required, "mm_encoder_outputs"} & {*required, *model_kwargs}:
             model_inputs.setdefault(name, model_kwargs.get(name))
         if model_inputs.get("attention_mask") is None:  # they would make one without what is in the cache

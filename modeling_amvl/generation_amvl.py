@@ -12,17 +12,20 @@ import functools
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .branching_amvl import (
     SharedPrompt,
     complete_inputs,
     extend_model_kwargs,
     keep_encoded_images,
+    required_inputs,
     run_prompt,
     tapped,
     without_checkpointing,
 )
 from .cache_amvl import CACHE_ARGUMENT, takes_back
+from .families_amvl import IMAGES_IN_A_ROW
 from .latents_amvl import sample_latents
 from .sampling_amvl import draw_rows, per_prompt, repeat_cache
 
@@ -130,9 +133,7 @@ class LatentDecodingMixin:
         extended = extend_model_kwargs(self, model_kwargs, outputs, input_ids.shape[1], num_latents)
         if repeats > 1:
             repeat_cache(cache, prompt_ids.shape[0], repeats)
-            _, extended = super()._expand_inputs_for_generation(
-                input_ids=prompt_ids, expand_size=repeats, is_encoder_decoder=False, **extended
-            )
+            extended = self._repeat_model_kwargs(prompt_ids, extended, repeats)
         extended[CACHE_ARGUMENT] = cache
         # In place: the decoding loop goes on with this very dictionary.
         model_kwargs.clear()
@@ -146,6 +147,23 @@ class LatentDecodingMixin:
             outputs = self(**model_inputs, return_dict=True)
         decoding.decoded_latents = latents
         return outputs
+
+    def _repeat_model_kwargs(self, prompt_ids, model_kwargs, repeats):
+        # Pictures that no later forward reads are not repeated.
+        read = required_inputs(type(self))
+        rest = {
+            key: value
+            for key, value in model_kwargs.items()
+            if read or key not in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+        }
+        images = rest.pop(name := IMAGES_IN_A_ROW.get(self.config.model_type), None)
+        _, repeated = super()._expand_inputs_for_generation(
+            input_ids=prompt_ids, expand_size=repeats, is_encoder_decoder=False, **rest
+        )
+        if images is not None:
+            by_row = images.unflatten(0, (prompt_ids.shape[0], -1))
+            repeated[name] = by_row.repeat_interleave(repeats, dim=0).flatten(0, 1)
+        return repeated
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         decoding = self.latent_decoding

@@ -99,6 +99,10 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Build one from a stock model with [`~AMVLForConditionalGeneration.from_backbone`], load a trained one with
     `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`.
 
+    Latents stand between the prompt and the answer that is being generated, once. In a chat of several turns the earlier answers
+    are plain text of the prompt, as in training, and their latents are gone: what the chat template makes of a chat is asked as
+    any prompt of that text is.
+
     Args:
         config ([`AMVLConfig`]): what to build.
         backbone (`PreTrainedModel`, *optional*): the model to wrap; built from `config.backbone_config` if not given.
@@ -653,7 +657,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             RuntimeError: no latent reached the decoder.
         """
         setting = effective_settings(kwargs, generation_config, self.generation_config)
-        refuse_decoding(setting)
+        refuse_decoding(setting, self.backbone)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
             got = tuple(input_ids.shape) if torch.is_tensor(input_ids) else type(input_ids).__name__
@@ -667,12 +671,12 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         refuse_temperature(temperature)
         num_rows, num_beams = input_ids.shape[0], setting("num_beams", 1)
-        num_returned = setting("num_return_sequences", 1)
-        refuse_samples(num_latent_samples, return_majority, temperature, latents, num_returned, kwargs.get("streamer"))
+        refuse_samples(num_latent_samples, return_majority, temperature, latents, setting)
         num_samples = num_latent_samples or 1
         if latents is not None:
-            of_prompts = (num_rows, num_rows * max(num_beams, num_returned))
-            self._refuse_slots("latents", latents, of_prompts if num_samples == 1 else (num_rows * num_samples,))
+            per_sequence = num_rows * max(num_beams, setting("num_return_sequences", 1))
+            rows = (num_rows, per_sequence) if num_samples == 1 else (num_rows * num_samples,)
+            self._refuse_slots("latents", latents, rows)
         decoding = LatentDecoding(self, num_rows, latents, temperature, generator, num_samples, num_beams)
         outputs = generate_with_latents(self.backbone, decoding, inputs, generation_config=generation_config, **kwargs)
         return (
@@ -684,6 +688,12 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching runs without a prefill of its own, so that no latent would reach the decoder."""
         raise NotImplementedError("`generate_batch` does not go with latents: call `generate` on a padded batch.")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, as `generate_batch` is."""
+        raise NotImplementedError(
+            "`init_continuous_batching` does not go with latents: call `generate` on a padded batch."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ SIZE_WORDS = (
     *("size", "pixels", "edge", "side", "resolution", "pinpoints", "crop", "pan_and_scan"),
     *("split", "slice", "tiles", "patches", "tokens"),
 )
+# What `generate` takes, and a pipeline hands to its processor unless it comes as `generate_kwargs`.
+OF_GENERATE = ("latent_temperature", "latents", "num_latent_samples", "return_majority")
 LONGEST_EDGE = 2**16 - 1  # of a JPEG: a default `size["longest_edge"]` beyond it bounds the area of an image
 
 
@@ -253,6 +255,10 @@ class AMVLProcessor(ProcessorMixin):
         winner, count = collections.Counter(votes).most_common(1)[0]  # of equals the first it met
         return texts[votes.index(winner)].strip(), count / len(texts)
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        _refuse_arguments_of_generate(kwargs)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
     def to_dict(self) -> dict:
         """Returns what `processor_config.json` holds: the stock content and what rebuilds this class."""
         return super().to_dict() | {
@@ -262,6 +268,7 @@ class AMVLProcessor(ProcessorMixin):
         }
 
     def _merge_kwargs(self, *args, **kwargs) -> dict[str, dict]:
+        _refuse_arguments_of_generate(kwargs)
         # What every stock `__call__` merges its arguments with, whatever their names and nesting.
         merged = super()._merge_kwargs(*args, **kwargs)
         called = {name: value for name, value in _sizes(merged["images_kwargs"]).items() if value is not None}
@@ -375,6 +382,15 @@ def _pixels(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
             f"`min_pixels` is {min_pixels} and `max_pixels` is {max_pixels}: give both, the smaller as `min_pixels`."
         )
     return pixels
+
+
+def _refuse_arguments_of_generate(kwargs: dict) -> None:
+    for name in OF_GENERATE:
+        if name in kwargs:
+            raise ValueError(
+                f"`{name}` is an argument of `generate`, not of a processor, got {kwargs[name]!r}, which would be ignored: "
+                f"call `pipeline(..., generate_kwargs={{'{name}': ...}})`, or pass it to `generate`."
+            )
 
 
 def _quoted(names):

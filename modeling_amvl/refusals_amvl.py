@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .branching_amvl import output_embeddings
 from .cache_amvl import CACHE_ARGUMENT
 from .configuration_amvl import AMVLConfig
-from .families_amvl import NO_NEXT_TOKEN
+from .families_amvl import NO_CHUNKED_PREFILL, NO_NEXT_TOKEN, NO_STATIC_CACHE
 
 
 # A table that has to grow does so to a multiple of this, the step in which matrix kernels are fast.
@@ -143,7 +143,7 @@ def refuse_completion(input_ids, completion_ids, completion_mask):
         raise ValueError("`completion_mask` must be 1s followed by 0s: answers are right-padded.")
 
 
-def refuse_decoding(setting):
+def refuse_decoding(setting, backbone):
     """Refuses ways of decoding that latents do not go with; `setting` gives the value of a setting, wherever it was made."""
     for name, reason in REFUSED_ARGUMENTS.items():
         value = setting(name)
@@ -159,12 +159,29 @@ def refuse_decoding(setting):
                 f"`{name}` is an argument of `generate`, no setting of a `generation_config`, got {value!r} there: pass "
                 f"`generate(..., {name}=...)`."
             )
-    if setting("cache_implementation") == "paged":
+    if setting("use_cache") is False:
+        raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+    cache = setting("cache_implementation")
+    if cache == "paged":
         raise ValueError(
             "`cache_implementation='paged'` does not go with latents: it batches without a prefill. Leave it out."
         )
-    if setting("use_cache") is False:
-        raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+    if cache is not None and "offloaded" in cache:
+        raise ValueError(
+            f"`cache_implementation={cache!r}` was never tried with latents, since it needs a GPU: leave it out, or take "
+            "'quantized' to save memory."
+        )
+    model_type = backbone.config.model_type
+    if cache not in (None, "dynamic", "quantized", "hybrid") and model_type in NO_STATIC_CACHE:
+        raise ValueError(
+            f"`cache_implementation={cache!r}` does not go with `{model_type}`, which does not answer with it as it does "
+            "without: leave it out."
+        )
+    if setting("prefill_chunk_size") is not None and model_type in NO_CHUNKED_PREFILL:
+        raise ValueError(
+            f"`prefill_chunk_size={setting('prefill_chunk_size')}` does not go with `{model_type}`, which reads its images in "
+            "one piece: leave it out."
+        )
 
 
 def refuse_temperature(latent_temperature):
@@ -173,7 +190,7 @@ def refuse_temperature(latent_temperature):
         raise ValueError(f"`latent_temperature` must be 0 or more, got {latent_temperature!r}.")
 
 
-def refuse_samples(num_latent_samples, return_majority, temperature, latents, num_return_sequences, streamer):
+def refuse_samples(num_latent_samples, return_majority, temperature, latents, setting):
     """
     Refuses what `num_latent_samples` and `return_majority` do not go with.
 
@@ -201,13 +218,19 @@ def refuse_samples(num_latent_samples, return_majority, temperature, latents, nu
             f"{name} at `latent_temperature` {temperature} would be the same sample {num_latent_samples} times: pass "
             "`latent_temperature=1.0`."
         )
-    if num_return_sequences > 1:
+    if (num_return_sequences := setting("num_return_sequences", 1)) > 1:
         raise ValueError(
             f"{name} does not go with `num_return_sequences={num_return_sequences}`: each sample gives one sequence. Leave "
             "`num_return_sequences` out, and with `do_sample=True` ask for more samples."
         )
-    if streamer is not None:
+    if (streamer := setting("streamer")) is not None:
         raise ValueError(
             f"{name} does not go with a `streamer`, got a `{type(streamer).__name__}`: it takes one sequence, and the samples "
             "are generated side by side. Leave one of the two out."
         )
+    for stop in ("stopping_criteria", "stop_strings"):
+        if return_majority and setting(stop) and setting("eos_token_id") is None:
+            raise ValueError(
+                f"`return_majority=True` does not go with `{stop}` where no `eos_token_id` is set: a row that is stopped goes on "
+                "as long as others do, and its vote would be about what came after. Set `eos_token_id`."
+            )

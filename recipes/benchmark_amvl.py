@@ -1,4 +1,4 @@
-"""Measures what AMVL costs beside plain SFT and the bare backbone: training time, peak memory, generation, import.
+"""Measures what AMVL costs beside plain SFT and the bare backbone: training time, peak memory, generation, samples, import.
 
 Offline, random weights of Qwen2.5-VL's architecture; the default is a model of 5.5M parameters on the CPU:
 
@@ -21,6 +21,9 @@ tables show the median over rounds (min-max). Compared are
     shared        AMVL, the prompt run once:            prior `[x, L]`, posterior `[x, y, L]`, decode `[x, z, y]`
     full          AMVL, the same as three whole forwards (images encoded once)
     shared_prior  shared, and y decoded from a sample of the prior too (`prior_ntp_weight > 0`)
+
+Samples are `--num_samples` latents per prompt in one call, `generate(num_latent_samples=n)`, beside one call for one and n such
+calls; `--what samples` measures them alone.
 
 FLOP bounds count tokens of the language model (P prompt, A answer, K latents) over the P + A of plain SFT; attention, the
 vision encoder, which every arm runs once, and the vocabulary head are left out:
@@ -106,7 +109,7 @@ PATCH_SIZE, WINDOW_SIZE, PIXELS_PER_PATCH = 14, 112, 3 * 2 * 14 * 14  # a patch 
 SQUARES = (400, 100, 16, 4)  # image tokens of a square image; a prompt gets the most that take half of it or less
 PAD, BOS, FIRST_WORD, NUM_SPECIAL = 0, 1, 3, 5  # the last ids of the table are special, see `special_ids`
 
-PARTS = ("training", "memory", "generation", "import")
+PARTS = ("training", "memory", "generation", "samples", "import")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEWEST_ROUNDS = 5
 BETA, GAMMA = 0.01, 0.001  # the cost does not depend on them
@@ -131,6 +134,7 @@ class BenchmarkArguments:
     full: bool = field(default=False, metadata={"help": "Every combination, instead of one value varied at a time."})
     rounds: int = field(default=7, metadata={"help": f"Paired ratios per cell, {FEWEST_ROUNDS} or more."})
     generation_batch: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Rows of `generate`."})
+    num_samples: int = field(default=8, metadata={"help": "Latents per prompt, of which the samples are."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens after the first, over which `generate` is timed."})
     device: str = field(default="cpu", metadata={"help": "`cpu`, `cuda` or `cuda:N`."})
     dtype: str = field(default="auto", metadata={"help": "`auto`: bfloat16 for `qwen2_5_vl_7b`, float32 otherwise."})
@@ -154,7 +158,7 @@ class BenchmarkArguments:
             _refuse_unknown("what", part, PARTS)
         for value in self.checkpointing or [None]:
             _refuse_unknown("checkpointing", value, ("no", "yes"))
-        for name in ("prompt", "answer", "num_latents", "batch", "generation_batch", "new_tokens"):
+        for name in ("prompt", "answer", "num_latents", "batch", "generation_batch", "num_samples", "new_tokens"):
             values = getattr(self, name)
             if values == []:
                 raise ValueError(f"`{name}` is empty: give it a value, or leave it out for the default.")
@@ -566,6 +570,41 @@ def measure_generation(backbone, arguments, batch_size):
     }
 
 
+def measure_samples(backbone, arguments, batch_size):
+    """Seconds of a call for one latent per prompt, of one call for n, and of n calls: of the first token and of all."""
+    cell = Cell(arguments.prompt[0], arguments.answer[0], arguments.num_latents[0], batch_size)
+    model, batch = prepare(backbone, arguments, cell)
+    model.eval()
+
+    def generate(length, num_samples=None):
+        return model.generate(
+            **batch.prompt,
+            num_latent_samples=num_samples,
+            latent_temperature=1.0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            do_sample=False,
+        )
+
+    measured = []
+    for length in (1, 1 + arguments.new_tokens):
+        calls = {
+            "one": lambda length=length: generate(length),
+            "several": lambda length=length: generate(length, arguments.num_samples),
+            "calls": lambda length=length: [generate(length) for _ in range(arguments.num_samples)],
+        }
+        if (num_rows := calls["several"]().shape[0]) != batch_size * arguments.num_samples:
+            raise RuntimeError(f"`generate` gave {num_rows} rows instead of {batch_size * arguments.num_samples}.")
+        measured.append({"new_tokens": length, "seconds": in_turns(calls, arguments.rounds)})
+    return {
+        "batch": batch_size,
+        "prompt": cell.prompt,
+        "num_latents": cell.num_latents,
+        "num_samples": arguments.num_samples,
+        "measured": measured,
+    }
+
+
 IMPORTS = """
 import sys, time
 start = time.perf_counter()
@@ -659,6 +698,22 @@ def generation_table(measured):
     return "Time of `generate` / bare backbone: first token, and each further one", header, rows
 
 
+def samples_table(measured):
+    header = ["prompt", "k", "batch", "samples", "new tokens", "one sample s", "all in one call", "a call for each"]
+    rows = [
+        [
+            *(result[key] for key in ("prompt", "num_latents", "batch", "num_samples")),
+            at_length["new_tokens"],
+            f"{statistics.median(at_length['seconds']['one']):.4f}",
+            spread(ratios(at_length["seconds"], "several", "one")),
+            spread(ratios(at_length["seconds"], "calls", "one")),
+        ]
+        for result in measured
+        for at_length in result["measured"]
+    ]
+    return "Time of `generate` with several latents per prompt / with one", header, rows
+
+
 def import_table(measured, num_modules=6):
     def row(name, values):
         return [name, spread((statistics.median(values), min(values), max(values)), 3)]
@@ -680,6 +735,8 @@ def tables_of(results):
         tables.append(memory_table(results["memory"]))
     if results["generation"]:
         tables.append(generation_table(results["generation"]))
+    if results["samples"]:
+        tables.append(samples_table(results["samples"]))
     if results["import"]:
         tables += [import_table(result) for result in results["import"]]
     return tables
@@ -727,17 +784,17 @@ def tasks_of(arguments):
         if "memory" in arguments.parts:
             cost = 2 * step + (PROCESS_COST * len(ARMS) if arguments.device == "cpu" else 0)
             tasks.append(("memory", cell, cost, lambda backbone, cell=cell: measure_memory(backbone, arguments, cell)))
-    if "generation" in arguments.parts:
-        for batch in arguments.generation_batch:
-            cost = (arguments.rounds + 1) * (batch * arguments.prompt[0] + 30 * arguments.new_tokens)
-            tasks.append(
-                (
-                    "generation",
-                    f"{batch} rows",
-                    cost,
-                    lambda backbone, batch=batch: measure_generation(backbone, arguments, batch),
-                )
-            )
+    for part, measure, calls in (
+        ("generation", measure_generation, 1),
+        ("samples", measure_samples, 2 + arguments.num_samples),
+    ):
+        for batch in arguments.generation_batch if part in arguments.parts else ():
+            cost = calls * (arguments.rounds + 1) * (batch * arguments.prompt[0] + 30 * arguments.new_tokens)
+
+            def of_backbone(backbone, measure=measure, batch=batch):
+                return measure(backbone, arguments, batch)
+
+            tasks.append((part, f"{batch} rows", cost, of_backbone))
     if "import" in arguments.parts:
         tasks.append(
             ("import", "modeling_amvl", PROCESS_COST * FEWEST_ROUNDS, lambda backbone: measure_import(arguments))

@@ -1,16 +1,22 @@
-"""Several latents per prompt: each answer is what its latents give alone, the prompt runs once, the vote is a count."""
+"""Several latents per prompt: each answer is what its latents give alone, the prompt runs once, the vote is a count.
+
+And other ways to decode: each gives what the dynamic cache gives, or is refused before anything runs.
+"""
 
 import collections
+import json
 
 import pytest
 import torch
-from families import EOS, PAD, make_prompts
-from family_matrix import samples_are_what_each_gives_alone
+from families import EOS, FAMILIES, PAD, build_backbone, make_prompts
+from family_matrix import distance, samples_are_what_each_gives_alone
 from test_family_matrix import FIVE
 from test_generation import LATENT_SIZE, NUM_LATENTS, NUM_NEW, ROWS, Recorder, build_model, seeded
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from modeling_amvl import AMVLProcessor
+from modeling_amvl.families_amvl import NO_CHUNKED_PREFILL, NO_STATIC_CACHE
+from modeling_amvl.refusals_amvl import refuse_decoding
 from modeling_amvl.sampling_amvl import vote
 
 
@@ -269,8 +275,166 @@ def test_texts_vote_without_regard_to_case_space_and_full_stop():
     ids=str,
 )
 def test_what_does_not_go_with_samples_is_refused_before_anything_runs(prompts, settings, message):
-    model = build_model()
-    model.backbone.get_input_embeddings().register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ValueError) as error:
-        model.generate(**prompts, **SAMPLES | settings)
+        unable_to_run().generate(**prompts, **SAMPLES | settings)
     assert message in str(error.value)
+
+
+def unable_to_run(family="llava"):
+    model = build_model(family)
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: pytest.fail("something ran"))
+    return model
+
+
+def test_a_vote_over_rows_without_an_end_is_refused(model, prompts):
+    def stop(input_ids, scores):
+        return torch.full((len(input_ids),), True)
+
+    settings = SAMPLES | {"stopping_criteria": [stop], "return_majority": True}
+    with pytest.raises(
+        ValueError, match="`return_majority=True` does not go with `stopping_criteria` where no `eos_to"
+    ):
+        unable_to_run().generate(**prompts, **settings)
+    assert model.generate(**prompts, **settings, eos_token_id=EOS).shape == (3, prompts["input_ids"].shape[1] + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other ways to decode
+# ---------------------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("prompt_lookup_num_tokens", 3, "assisted decoding rolls the cache back"),
+    ("assistant_early_exit", 1, "assisted decoding rolls the cache back"),
+    ("use_mtp", True, "assisted decoding rolls the cache back"),
+    ("guidance_scale", 1.5, "its unconditional half would run without latents"),
+    ("penalty_alpha", 0.6, "remote code would not read the latents"),
+    ("dola_layers", "high", "remote code would not read the latents"),
+    ("num_beam_groups", 2, "remote code would not read the latents"),
+    ("force_words_ids", [[1]], "remote code would not read the latents"),
+    ("token_healing", True, "it generates within the prompt"),
+    ("use_cache", False, "which live in the cache"),
+    ("cache_implementation", "paged", "it batches without a prefill"),
+    ("cache_implementation", "offloaded", "never tried with latents, since it needs a GPU"),
+    ("cache_implementation", "offloaded_static", "never tried with latents, since it needs a GPU"),
+    ("num_latent_samples", 4, "is an argument of `generate`, no setting of a `generation_config`"),
+    ("latent_temperature", 1.0, "is an argument of `generate`, no setting of a `generation_config`"),
+    ("return_majority", True, "is an argument of `generate`, no setting of a `generation_config`"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), REFUSED, ids=[f"{name}={value}" for name, value, _ in REFUSED])
+@pytest.mark.parametrize("place", ["argument", "object", "beside_object", "file"])
+def test_ways_to_decode_are_refused_wherever_they_are_set(checkpoint, tmp_path, prompts, name, value, reason, place):
+    settings, of_generate = {"max_new_tokens": 2}, "argument of `generate`" in reason
+    if place == "argument" and of_generate:
+        pytest.skip("that is where it belongs")
+    model = unable_to_run()
+    if place == "argument":
+        settings[name] = value
+    elif place == "object":
+        settings = {"generation_config": GenerationConfig(**settings)}
+        setattr(settings["generation_config"], name, value)
+    else:  # in the checkpoint's file, with or without an object that says nothing about it
+        saved = json.loads((checkpoint / "generation_config.json").read_text()) | {name: value}
+        saved.pop("_from_model_config", None)  # under which names that transformers does not know are dropped
+        (tmp_path / "generation_config.json").write_text(json.dumps(saved))
+        model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+        settings = {"generation_config": GenerationConfig(**settings)} if place == "beside_object" else settings
+    with pytest.raises(ValueError, match=f"`{name}.*{reason}"):
+        model.generate(**prompts, **settings)
+
+
+def test_values_that_do_nothing_are_not_refused(model, prompts):
+    expected = model.generate(**prompts, max_new_tokens=2)
+    neutral = {"guidance_scale": 1.0, "penalty_alpha": 0.0, "num_beam_groups": 1, "token_healing": False}
+    assert torch.equal(model.generate(**prompts, max_new_tokens=2, **neutral), expected)
+
+
+@pytest.mark.parametrize("call", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused(call):
+    model = unable_to_run()
+    with pytest.raises(NotImplementedError, match="does not go with latents: call `generate` on a padded batch"):
+        if call == "generate_batch":
+            model.generate_batch([[1, 2]])
+        elif call == "init_continuous_batching":
+            model.init_continuous_batching()
+        else:
+            with model.continuous_batching_context_manager():
+                pass
+
+
+@pytest.mark.parametrize("family", sorted({*NO_STATIC_CACHE, *NO_CHUNKED_PREFILL} & {*FAMILIES}))
+def test_families_that_a_cache_or_a_chunk_does_not_fit_are_refused(family):
+    if family in NO_STATIC_CACHE:
+        with pytest.raises(ValueError, match=f"`cache_implementation='static'` does not go with `{family}`"):
+            refuse_decoding({"cache_implementation": "static"}.get, build_backbone(family))
+    if family in NO_CHUNKED_PREFILL:
+        with pytest.raises(ValueError, match=f"`prefill_chunk_size=7` does not go with `{family}`"):
+            refuse_decoding({"prefill_chunk_size": 7}.get, build_backbone(family))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "mllama", "lfm2_vl"])
+def test_a_static_cache_gives_what_the_dynamic_one_gives(family):
+    """Sliding windows, recurrent and convolutional states, attention across to the image; others are in test_generation.py."""
+    model, prompts = build_model(family), make_prompts(family, ROWS[1:])
+    settings = {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True, "output_logits": True}
+    dynamic, static = (
+        model.generate(**prompts, **settings, cache_implementation=kind) for kind in ("dynamic", "static")
+    )
+    assert torch.equal(static.sequences, dynamic.sequences)
+    torch.testing.assert_close(static.logits[-1], dynamic.logits[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_cache_answers_nearly_as_the_dynamic_one(model, prompts):
+    """In 8 bits by torch alone; `quanto` and `hqq` ask for packages."""
+    settings = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "fp8"},
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(**prompts, max_new_tokens=NUM_NEW, return_dict_in_generate=True)
+    got = model.generate(**prompts, max_new_tokens=NUM_NEW, **settings)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert 0 < distance(got.latents, expected.latents) < 0.05
+    samples = model.generate(**prompts, **SAMPLES, **settings)
+    latents = samples.latents[::NUM_SAMPLES]
+    alone = model.generate(**prompts, latents=latents, max_new_tokens=NUM_NEW, **settings)
+    assert torch.equal(samples.sequences[::NUM_SAMPLES], alone.sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["forward", "by_generate"])
+def test_compiled_decoding_gives_what_it_gave(prompts, compiled):
+    """Compiled layers are in test_kernels.py, and a compiled backbone is refused there."""
+    model = build_model()
+    settings = {
+        "num_latent_samples": 2,
+        "latent_temperature": 3.0,
+        "max_new_tokens": 3,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(**prompts, **settings, generator=seeded())
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    if compiled == "forward":
+        model.backbone.forward = torch.compile(model.backbone.forward, backend=keep)
+    else:  # what `generate` does by itself on a GPU, with a cache of fixed size
+        config = CompileConfig(backend=keep, mode=None, fullgraph=False)
+        config._compile_all_devices = True
+        settings |= {"cache_implementation": "static", "compile_config": config}
+    got = model.generate(**prompts, **settings, generator=seeded())
+    assert graphs and torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.latents, expected.latents, rtol=1e-4, atol=1e-4)

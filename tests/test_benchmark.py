@@ -23,6 +23,7 @@ TITLES = [
     "Time of a training step / SFT with the answer's logits only",
     "Peak memory / SFT",
     "Time of `generate` / bare backbone",
+    "Time of `generate` with several latents per prompt / with one",
     "Seconds of an import in a fresh process",
 ]
 TINY = Cell(prompt=40, answer=8, num_latents=2, batch=3)
@@ -254,6 +255,12 @@ def assert_results(results, parts):
         assert generation["batch"] == 2 and generation["bound"] == 44 / 40
         for values in (generation["first"], generation["per_token"]):
             assert values.keys() == {"backbone", "amvl"} and all(len(seconds) == 2 for seconds in values.values())
+    for samples in results["samples"]:
+        assert (samples["batch"], samples["num_samples"]) == (2, 8)
+        assert [at_length["new_tokens"] for at_length in samples["measured"]] == [1, 4]
+        for at_length in samples["measured"]:
+            seconds = at_length["seconds"]
+            assert seconds.keys() == {"one", "several", "calls"} and all(len(taken) == 2 for taken in seconds.values())
     for imported in results["import"]:
         assert "modeling_amvl.modeling_amvl" in imported["modules"] and "torch" not in imported["modules"]
         assert all(seconds > 0 for seconds in imported["stock"] + imported["added"])
@@ -261,11 +268,11 @@ def assert_results(results, parts):
 
 def test_a_quick_run_measures_training_and_generation(tmp_path, capsys):
     path = tmp_path / "results.json"
-    benchmark_amvl.main(BenchmarkArguments(quick=True, what="training,generation", json=str(path)))
+    benchmark_amvl.main(BenchmarkArguments(quick=True, what="training,generation,samples", json=str(path)))
     output = capsys.readouterr()
-    assert [title in output.out for title in TITLES] == [True, True, False, True, False]
-    assert "[2/2] generation" in output.err
-    assert_results(json.loads(path.read_text()), ("training", "generation"))
+    assert [title in output.out for title in TITLES] == [True, True, False, True, True, False]
+    assert "[3/3] samples" in output.err
+    assert_results(json.loads(path.read_text()), ("training", "generation", "samples"))
 
 
 @pytest.mark.slow
@@ -281,7 +288,7 @@ def test_the_command_prints_every_table_and_writes_them(tmp_path):
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert all(title in finished.stdout for title in TITLES)
     assert max(map(len, finished.stdout.splitlines())) <= 120
-    assert "[4/4] import" in finished.stderr and " s left" in finished.stderr
+    assert "[5/5] import" in finished.stderr and " s left" in finished.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert_results(results, PARTS)
     for fact in ("torch", "transformers", "cpu", "threads", "shape", "num_parameters"):

@@ -263,6 +263,7 @@ def test_every_stock_class_keeps_its_own_methods():
         "from_pretrained",
         "to_dict",
         "_merge_kwargs",
+        "apply_chat_template",  # refuses arguments of `generate`, and goes on to the stock one
     }
     ours = {name for name, value in vars(AMVLProcessor).items() if name not in stock_overridden | set(vars(object))}
     ours -= {"__annotations__", "__dict__", "__weakref__", "_auto_class"}
@@ -271,7 +272,7 @@ def test_every_stock_class_keeps_its_own_methods():
         assert not ours & set(dir(stock)), stock
         combined = processing_amvl._processor_class(stock)
         assert combined.get_attributes() == stock.get_attributes(), stock
-        for name in ("__init__", "__call__", "apply_chat_template", "model_input_names"):
+        for name in ("__init__", "__call__", "model_input_names"):
             assert getattr(combined, name) is getattr(stock, name), (stock, name)
 
 

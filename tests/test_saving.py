@@ -336,8 +336,13 @@ else:
     assert type(pipe.model).__name__ == "AMVLForConditionalGeneration"
     settings = {"max_new_tokens": 8, "do_sample": False}
     answer = pipe(text=messages(Image.open(photo)), return_full_text=False, generate_kwargs=settings)
+    chats, several = [messages(Image.open(photo))] * 2, {"num_latent_samples": 3, "latent_temperature": 100.0}
+    samples = pipe(text=chats, batch_size=2, return_full_text=False, generate_kwargs=settings | several)
     text = processor.batch_decode(tokens, skip_special_tokens=True)[0]
-    print(json.dumps({"tokens": tokens, "text": text, "pipeline": answer[0]["generated_text"]}))
+    report = {"tokens": tokens, "text": text, "pipeline": answer[0]["generated_text"]}
+    report |= {"samples": [[record["generated_text"] for record in records] for records in samples]}
+    report |= {"majority": processor.majority(["Two.", "one", "two"])}
+    print(json.dumps(report))
 """
 
 
@@ -354,6 +359,9 @@ def test_the_pipeline_answers_in_a_fresh_process(folder_with_processor, tmp_path
     report = run(NO_REPOSITORY + ASK + ANSWER, tmp_path, *arguments, environment=offline_environment())
     assert report["tokens"] == answer_here(folder)
     assert report["pipeline"] == report["text"] != ""
+    first, second = report["samples"]
+    assert first == second and len(set(first)) > 1  # of a prompt, wherever it stands in the batch
+    assert report["majority"] == ["Two.", 2 / 3]
 
 
 @pytest.mark.slow
