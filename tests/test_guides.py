@@ -38,6 +38,7 @@ ELSEWHERE = {
     'pip install -c constraints.txt -e ".[deepspeed]"': "../.ci/run",
     "--config_file recipes/accelerate/": "distributed/test_engines.py::test_an_engine_takes_the_steps_of_one_process",
     "recipes/serve_amvl.py": "test_serving.py::test_the_example_of_the_recipe",
+    "recipes/push_space.py": "test_space.py::test_the_published_space_names_its_model_and_one_commit_of_it",
     "sbatch ": "distributed/test_engines.py::test_a_job_of_slurm_joins_its_machines",
     "recipes/consolidate_amvl.py": "distributed/test_engines.py::test_an_engine_resumes_exactly_and_its_checkpoint_becomes_one_model",
 }

@@ -20,11 +20,10 @@ import torch
 from peft import PeftModel
 from transformers.trainer_pt_utils import get_model_param_count
 
-from model_cards.generate import VERSIONED_PACKAGES
-
 from .console import describe, phase_behind, schedule_of
 from .data.report import write_atomically
 from .data.report_page import html_page
+from .describing import VERSIONED_PACKAGES
 from .pictures import PANELS, plot_training_curves, points_of
 from .schedules import phases
 from .sft_config import OBJECTIVE
