@@ -185,6 +185,18 @@ def test_every_requirement_of_the_metadata_is_read():
     assert f'requires-python = ">={".".join(map(str, doctor.PYTHON))}"' in lines
 
 
+def test_a_lock_that_a_killed_process_left_on_an_extension_is_named(tmp_path, monkeypatch):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert doctor.lock_faults() == []
+    lock.touch()
+    assert doctor.lock_faults() == []  # somebody compiles
+    os.utime(lock, (0, 0))
+    (fault,) = doctor.lock_faults()
+    assert fault.startswith("`deepspeed_shm_comm`") and "delete the file `lock`" in fault
+
+
 def test_a_full_disk_is_wrong(monkeypatch):
     assert doctor.disk_space()[1] == []
     monkeypatch.setattr(doctor, "LEAST_FREE", 2**80)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +42,7 @@ DEVELOPMENT = ("pytest", "pytest-xdist", "hypothesis", "ruff")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 LEAST_FREE = 2**30  # bytes: less is taken for a full disk
 SECONDS = 300  # for an import; the first one on a network disk takes its time
+SECONDS_TO_COMPILE = 600
 MOST_CHARACTERS = 300  # of an error
 
 
@@ -71,7 +73,7 @@ def main():
     torch = facts.get("torch", {})
     wrong += device_faults(torch, has_nvidia)
     tools, tool_faults = compilers("deepspeed" in present, bool(torch.get("cuda")))
-    wrong += tool_faults
+    wrong += tool_faults + lock_faults()
     disks, disk_faults = disk_space()
     wrong += disk_faults
     offline = [name for name in OFFLINE if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")]
@@ -395,6 +397,29 @@ def compilers(has_deepspeed, has_cuda):
     return told, [
         f"`deepspeed` cannot compile its operators (offloading needs one) without {', '.join(lacking)}: install them, or use ddp or "
         "fsdp2"
+    ]
+
+
+def left_locks():
+    """
+    Locks on torch's compiled extensions that a process left which was killed while it compiled; others wait for them for ever.
+
+    Returns:
+        `list[Path]`: those older than ten minutes, a file each.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
+    locks = []
+    with contextlib.suppress(OSError):  # another process may remove one meanwhile
+        locks = [path for path in folder.rglob("lock") if time.time() - path.stat().st_mtime > SECONDS_TO_COMPILE]
+    return locks
+
+
+def lock_faults():
+    return [
+        f"`{lock.parent.name}` of torch's extensions is locked, by a process that was killed while it compiled, and DeepSpeed waits for it "
+        f"for ever: delete the file `lock` in its folder under `TORCH_EXTENSIONS_DIR` or `~/.cache/torch_extensions`"
+        for lock in left_locks()
     ]
 
 

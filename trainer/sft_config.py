@@ -1,6 +1,7 @@
 """Settings of AMVL training."""
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -11,6 +12,10 @@ from trl import SFTConfig
 
 from model_cards.metadata import check_license
 
+from .doctor import lock_faults
+
+
+logger = logging.getLogger(__name__)
 
 # The fields that make up the objective.
 OBJECTIVE = (
@@ -195,6 +200,9 @@ class AMVLSFTConfig(SFTConfig):
             self.use_cpu = True
 
     def __post_init__(self):
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            for fault in lock_faults():
+                logger.warning("%s.", fault)
         if "RANK" in os.environ and not torch.accelerator.is_available() and PartialState._shared_state == {}:
             self._join_cpu_ranks()
         super().__post_init__()
