@@ -5,6 +5,7 @@ And other ways to decode: each gives what the dynamic cache gives, or is refused
 
 import collections
 import json
+import re
 
 import pytest
 import torch
@@ -272,7 +273,7 @@ def test_texts_vote_without_regard_to_case_space_and_full_stop():
             for value in (float("nan"), float("inf"), "1", True, -0.5)
         ],
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in every worker
 )
 def test_what_does_not_go_with_samples_is_refused_before_anything_runs(prompts, settings, message):
     with pytest.raises(ValueError) as error:
