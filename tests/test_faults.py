@@ -32,6 +32,7 @@ from trainer.data.color_steps import build_color_steps
 from trainer.resuming import STAGING, what_is_wrong
 
 
+pytestmark = pytest.mark.xdist_group("faults")  # one worker makes what all of them share
 REPOSITORY = Path(__file__).resolve().parents[1]
 FORKED = multiprocessing.get_context("fork")
 SETTINGS = {

@@ -23,6 +23,7 @@ from trainer.data.color_steps import build_color_steps
 from trainer.demo import DemoArguments
 
 
+pytestmark = pytest.mark.xdist_group("guides")  # one worker makes what all of them share
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",

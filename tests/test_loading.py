@@ -23,6 +23,7 @@ from trainer.data.step_batches import StepBatches, split_step
 from trainer.loading import warn_of_shards
 
 
+pytestmark = pytest.mark.xdist_group("loading")  # one worker makes what all of them share
 ROWS = 11
 STREAM = {"shards": 3, "buffer": 4, "max_steps": 6}  # two passes
 EPOCHS = {"num_train_epochs": 2}

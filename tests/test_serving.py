@@ -37,6 +37,7 @@ from trainer.serving import build_app, requests, serve
 from trainer.serving.server import AMVLModelManager
 
 
+pytestmark = pytest.mark.xdist_group("serving")  # one worker makes what all of them share
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAME = "amvl-demo"
 LENGTH = 12  # tokens of an answer; the model never ends one by itself

@@ -26,6 +26,7 @@ from trainer.demo import DemoArguments, save_examples
 from trainer.diagnostics.relevance import occlude
 
 
+pytestmark = pytest.mark.xdist_group("space")  # one worker makes what all of them share
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "2 steps from red?"
 MODEL, SPACE = "someone/amvl", "someone/space"

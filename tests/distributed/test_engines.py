@@ -50,7 +50,7 @@ report_to: none
 disable_tqdm: true
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engines")]
 
 
 @pytest.fixture(scope="module")
