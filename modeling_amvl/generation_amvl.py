@@ -27,6 +27,7 @@ from .branching_amvl import (
 from .cache_amvl import CACHE_ARGUMENT, takes_back
 from .families_amvl import IMAGES_IN_A_ROW
 from .latents_amvl import sample_latents
+from .refusals_amvl import refuse_latents_that_are_not_finite
 from .sampling_amvl import draw_rows, per_prompt, repeat_cache
 
 
@@ -108,6 +109,8 @@ class LatentDecodingMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         decoding = self.latent_decoding
+        if not model_kwargs.get("use_cache"):
+            raise RuntimeError("`generate` runs without a cache, in which latents live: set `use_cache=True`.")
         cache = model_kwargs[CACHE_ARGUMENT]
         num_rows, repeats = input_ids.shape[0], decoding.repeats
         prompt_ids = input_ids[::repeats]
@@ -127,6 +130,7 @@ class LatentDecodingMixin:
                 prompt = SharedPrompt.resume(self, prompt_ids, model_kwargs, outputs, cache)
                 hidden, _ = prompt.branch(placeholders, torch.ones_like(placeholders))
             latents = decoding.sample(hidden, num_rows)
+        refuse_latents_that_are_not_finite(latents, not reads_prior, decoding.temperature)
 
         num_latents = latents.shape[1]
         decoding.num_prompt_tokens = input_ids.shape[1]

@@ -28,6 +28,7 @@ from .refusals_amvl import (
     refuse_completion,
     refuse_config,
     refuse_decoding,
+    refuse_generator,
     refuse_initial_token,
     refuse_model_type,
     refuse_right_padding,
@@ -656,6 +657,8 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: an argument that latents do not go with.
             RuntimeError: no latent reached the decoder.
         """
+        if kwargs.get("use_cache", True) is None:
+            del kwargs["use_cache"]  # the stock `generate` takes it for no cache
         setting = effective_settings(kwargs, generation_config, self.generation_config)
         refuse_decoding(setting, self.backbone)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -670,6 +673,7 @@ class AMVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         refuse_other_latents(self.config, vars(self).get("_adapters", {}))
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         refuse_temperature(temperature)
+        refuse_generator(generator)
         num_rows, num_beams = input_ids.shape[0], setting("num_beams", 1)
         refuse_samples(num_latent_samples, return_majority, temperature, latents, setting)
         num_samples = num_latent_samples or 1

@@ -19,7 +19,7 @@ SIZE_WORDS = (
     *("split", "slice", "tiles", "patches", "tokens"),
 )
 # What `generate` takes, and a pipeline hands to its processor unless it comes as `generate_kwargs`.
-OF_GENERATE = ("latent_temperature", "latents", "num_latent_samples", "return_majority")
+OF_GENERATE = ("latent_temperature", "latents", "generator", "num_latent_samples", "return_majority")
 LONGEST_EDGE = 2**16 - 1  # of a JPEG: a default `size["longest_edge"]` beyond it bounds the area of an image
 
 

@@ -4,6 +4,7 @@ import inspect
 import math
 import numbers
 
+import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -159,8 +160,8 @@ def refuse_decoding(setting, backbone):
                 f"`{name}` is an argument of `generate`, no setting of a `generation_config`, got {value!r} there: pass "
                 f"`generate(..., {name}=...)`."
             )
-    if setting("use_cache") is False:
-        raise ValueError("`use_cache=False` does not go with latents, which live in the cache: leave it out.")
+    if (use_cache := setting("use_cache")) not in (None, True):
+        raise ValueError(f"`use_cache={use_cache!r}` does not go with latents, which live in the cache: leave it out.")
     cache = setting("cache_implementation")
     if cache == "paged":
         raise ValueError(
@@ -188,6 +189,22 @@ def refuse_temperature(latent_temperature):
     is_number = isinstance(latent_temperature, numbers.Real) and not isinstance(latent_temperature, bool)
     if not is_number or not 0 <= latent_temperature < math.inf:
         raise ValueError(f"`latent_temperature` must be 0 or more, got {latent_temperature!r}.")
+
+
+def refuse_generator(generator):
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"`generator` must be a `torch.Generator`, got {generator!r}: pass `torch.Generator().manual_seed(0)`, one for all rows."
+        )
+
+
+def refuse_latents_that_are_not_finite(latents, given, temperature):
+    if not latents.isfinite().all():
+        cause = "those that were given" if given else f"drawn at `latent_temperature` {temperature}"
+        raise ValueError(
+            f"The latents, {cause}, are not finite (NaN or infinite), and no answer follows from them: lower the temperature, or look for "
+            "what overflows in them."
+        )
 
 
 def refuse_samples(num_latent_samples, return_majority, temperature, latents, setting):

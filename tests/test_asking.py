@@ -315,6 +315,7 @@ REFUSED = [
     ("force_words_ids", [[1]], "remote code would not read the latents"),
     ("token_healing", True, "it generates within the prompt"),
     ("use_cache", False, "which live in the cache"),
+    ("use_cache", 0, "which live in the cache"),
     ("cache_implementation", "paged", "it batches without a prefill"),
     ("cache_implementation", "offloaded", "never tried with latents, since it needs a GPU"),
     ("cache_implementation", "offloaded_static", "never tried with latents, since it needs a GPU"),
@@ -322,6 +323,31 @@ REFUSED = [
     ("latent_temperature", 1.0, "is an argument of `generate`, no setting of a `generation_config`"),
     ("return_majority", True, "is an argument of `generate`, no setting of a `generation_config`"),
 ]
+
+
+def test_no_setting_of_the_cache_is_the_cache(model, prompts):
+    """The stock `generate` takes a `None` that it is passed for no cache."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6}
+    expected = model.generate(**prompts, **settings)
+    assert torch.equal(model.generate(**prompts, **settings, use_cache=None), expected)
+    config = GenerationConfig(**settings)
+    config.use_cache = None
+    assert torch.equal(model.generate(**prompts, generation_config=config), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_raise_instead_of_giving_an_empty_answer(model, prompts, value):
+    latents = torch.full((3, NUM_LATENTS, model.config.latent_size), value)
+    with pytest.raises(ValueError, match="The latents, those that were given, are not finite"):
+        model.generate(**prompts, latents=latents, max_new_tokens=2)
+    with pytest.raises(ValueError, match="drawn at `latent_temperature` 1e\\+300, are not finite"):
+        model.generate(**prompts, latent_temperature=1e300, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("generator", [3, [torch.Generator()], "cpu"], ids=["number", "list", "string"])
+def test_what_is_no_generator_is_refused_by_name(prompts, generator):
+    with pytest.raises(ValueError, match="`generator` must be a `torch.Generator`"):
+        unable_to_run().generate(**prompts, generator=generator, latent_temperature=1.0)
 
 
 @pytest.fixture(scope="module")
