@@ -456,7 +456,7 @@ def test_nothing_is_lost_where_drawing_fails(checkpoint, tmp_path, monkeypatch):
 
 def test_a_library_that_is_missing_is_named_before_anything_is_spent(checkpoint, monkeypatch):
     monkeypatch.setattr(diagnose_amvl.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="`matplotlib` is needed"):
+    with pytest.raises(ImportError, match="`scikit-learn` is needed"):
         command(checkpoint / "amvl", "color_steps")
 
 

@@ -138,7 +138,9 @@ def test_a_stream_of_several_samples_is_refused(pipe):
         pipe(text=CHATS[0], generate_kwargs={**SAMPLES, "streamer": streamer})
 
 
-@pytest.mark.parametrize("name", ["num_latent_samples", "latent_temperature", "return_majority", "latents"])
+@pytest.mark.parametrize(
+    "name", ["num_latent_samples", "latent_temperature", "return_majority", "latents", "generator"]
+)
 @pytest.mark.parametrize("form", ["chat", "text"])
 def test_arguments_that_would_not_reach_generate_are_refused(pipe, name, form):
     """The pipeline hands what it does not know to the processor, which would ignore it."""

@@ -8,10 +8,12 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,6 +308,29 @@ def test_the_phases_are_shaded_and_numbered_as_far_as_the_run_came(tmp_path):
     assert with_phases.shape == without.shape
     shades = [np.bincount(picture.ravel(), minlength=256)[225:250].sum() for picture in (with_phases, without)]
     assert shades[0] > shades[1] + 10_000  # a grey band in each panel that has curves
+
+
+WARNS = """
+import logging
+from collections import Counter
+from trainer.summary import recorded
+
+with recorded(counts := Counter()):
+    logging.getLogger("trainer.somewhere").warning("seen by a person, too")
+    logging.basicConfig(format="formatted: %(message)s")
+    logging.getLogger("trainer.somewhere").warning("seen once")
+print(sorted(counts.items()))
+"""
+
+
+def test_a_warning_that_is_noted_is_still_printed_once():
+    """`logging` itself prints what no handler takes, and the one that notes it takes it."""
+    command = [sys.executable, "-c", WARNS]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    printed = [line for line in finished.stderr.splitlines() if "seen" in line]
+    assert printed == ["seen by a person, too", "formatted: seen once"]
+    assert finished.stdout.strip() == "[('seen by a person, too', 1), ('seen once', 1)]"
 
 
 def test_what_is_warned_of_is_counted_and_still_shown():

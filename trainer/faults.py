@@ -149,6 +149,9 @@ class FaultsMixin:
         batches, failure = [], None
         try:
             batches = list(islice(epoch_iterator, num_batches))
+        except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+            failure = RuntimeError(f"A data loader's worker exited unexpectedly: {type(error).__name__}: {error}")
+            failure.__cause__ = error
         except Exception as error:
             failure = error
         skipped = [pair for batch in batches for pair in batch.pop("skipped_rows", ())]

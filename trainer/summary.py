@@ -163,6 +163,13 @@ def keeps_warnings(init):
     return wrapped
 
 
+def _handlers_of(name):
+    logger = logging.getLogger(name)
+    while logger is not None:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
+
+
 class _Recorder(logging.Handler):
     def __init__(self, counts):
         super().__init__(logging.WARNING)
@@ -170,6 +177,10 @@ class _Recorder(logging.Handler):
 
     def emit(self, record):
         self.note(record.getMessage())
+        # `logging` prints to stderr what meets no handler at all; this one must not be why it no longer does.
+        others = [handler for handler in _handlers_of(record.name) if handler is not self]
+        if not others and logging.lastResort is not None:
+            logging.lastResort.handle(record)
 
     def note(self, text):
         text = " ".join(text.split())
