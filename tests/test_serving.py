@@ -321,7 +321,17 @@ BAD = {
     "no image": (about(data_url(b"no image at all")), r"cannot be read"),
     "half an image": (about(data_url(SECRET[: len(SECRET) // 2])), r"damaged or cut short|cannot be read"),
     "an empty image": (about("data:image/png;base64,"), r"cannot be read"),
-    "an image of too many pixels": (about(data_url(big_png())), r"89 megapixels"),
+    "an image of too many pixels": (about(data_url(big_png())), r"more than 33554432 pixels together"),
+    "too many images": (
+        {"messages": [{"role": "user", "content": about(RED)["messages"][0]["content"][:1] * 33}]},
+        r"33 images together, at most 32",
+    ),
+    "too many messages": ({"messages": about(RED)["messages"] * 257}, r"257, at most 256"),
+    "too many parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 65}]},
+        r"`messages.0.content` has 65 parts, at most 64",
+    ),
+    "a text of megabytes": ({"messages": [{"role": "user", "content": "a" * 2**19}]}, r"524288 characters together"),
     "an address": (about("http://127.0.0.1:1/x.png"), r"opens no address and no file"),
     "a file's address": (about("file:///etc/hostname"), r"opens no address and no file"),
     "a part of another kind": (
@@ -336,6 +346,11 @@ BAD = {
     "no answer": ({"max_tokens": 0}, r"`max_tokens`.*0"),
     "a length that is a text": ({"max_tokens": "12"}, r"`max_tokens`.*'12'"),
     "a negative temperature": ({"temperature": -0.5}, r"`temperature`.*-0.5"),
+    "a temperature that is nearly 0": ({"temperature": 1e-40}, r"`temperature`.*too small to divide by"),
+    "a latent temperature that overflows": (
+        {"extra_body": {"latent_temperature": 1e308}},
+        r"`latent_temperature`.*1e\+308",
+    ),
     "`top_p` of a greedy answer": ({"top_p": 0.5}, r"`top_p` is 0.5, but nothing is sampled"),
     "a seed that is no number": ({"seed": "x"}, r"`seed`.*'x'"),
     "a seed beyond torch's": ({"seed": 2**64}, r"`seed`"),
@@ -366,6 +381,24 @@ def test_a_bad_request_gets_a_sentence(client, name, stream):
     assert 400 <= raised.value.status_code < 500
     assert re.search(sentence, raised.value.body["message"]), raised.value.body
     assert len(raised.value.body["message"]) < 600 and "Traceback" not in raised.value.body["message"]
+
+
+HALVES = {"model": {"model": "\ud800"}, "text": {"messages": [{"role": "user", "content": "\ud800 hi"}]}}
+
+
+@pytest.mark.parametrize("body", HALVES.values(), ids=HALVES)
+def test_half_a_character_is_refused(server, body):
+    """JSON can hold it, though no client's library sends it."""
+    whole = json.dumps({"model": NAME, "max_tokens": 1} | about(RED) | body).encode()
+    asked = urllib.request.Request(f"{server[0]}/v1/chat/completions", whole, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(asked, timeout=60)
+    assert raised.value.code == 400
+    assert "half of a character" in json.loads(raised.value.read())["error"]["message"]
+
+
+def test_no_stop_is_no_stop():
+    assert requests.read_request({"model": NAME, "stop": [], **about(RED)}).stop is None
 
 
 def test_many_images_are_bounded_together(monkeypatch):

@@ -4,18 +4,27 @@ import base64
 import binascii
 import io
 import re
+import warnings
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..data.images import MAX_PIXELS, check_image
+from ..data.images import check_image
 from ..data.rows import brief
 
 
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 PART_TYPES = ("text", "image_url")
 MAX_COMPLETION_TOKENS = 2**20  # any model's window is checked besides
+# What a request may hold before anything of it is decoded or tokenised, both of which keep other clients waiting.
+MAX_CHARACTERS = 2**18  # of all texts together
+MAX_MESSAGES = 256
+MAX_PARTS = 64  # of a message
+MAX_IMAGES = 32
+MAX_PIXELS = 2**25  # of all images together
+MIN_TEMPERATURE = 0.01
+MAX_LATENT_TEMPERATURE = 100  # standard deviations of a latent; beyond, numbers overflow
 SEEDS = 2**63  # what torch takes
 
 
@@ -42,14 +51,24 @@ def read_data_url(url, info):
         data = base64.b64decode("".join(url[header.end() :].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"the image's base64 is broken: {error}") from error
-    stored, picture, _ = check_image({"bytes": data, "path": None}, repair=True)
-    width, height = picture.info["size"]
-    info.context["pixels"] += width * height
+    info.context["pixels"] += _pixels_of(data)  # before they are decoded
     if info.context["pixels"] > MAX_PIXELS:
         raise ValueError(
             f"the images of this request have more than {MAX_PIXELS} pixels together; send fewer or smaller ones"
         )
+    stored, _, _ = check_image({"bytes": data, "path": None}, repair=True)
     return Image.open(io.BytesIO(stored["bytes"]))
+
+
+def _pixels_of(data):
+    """What an image's header says; 0 of what has none, which `check_image` refuses."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as picture:
+            return picture.width * picture.height
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except Exception:  # as many kinds as there are broken files
+        return 0
 
 
 class Part(BaseModel):
@@ -63,9 +82,22 @@ class Part(BaseModel):
         return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
+def refuse_surrogates(text):
+    """Refuses halves of characters, which JSON can hold and no text: they can be neither tokenised nor sent back."""
+    if isinstance(text, str) and not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a character at position {error.start}: send whole ones") from None
+    return text
+
+
+String = Annotated[str, BeforeValidator(refuse_surrogates)]
+
+
 class Text(Part):
     type: Literal["text"]
-    text: str
+    text: String
 
 
 class ImageURL(Part):
@@ -95,11 +127,19 @@ class ResponseFormat(Part):
     type: Literal["text"]
 
 
-StopText = Annotated[str, Field(min_length=1, max_length=200)]
+StopText = Annotated[String, Field(min_length=1, max_length=200)]
+StopTexts = Annotated[list[StopText], Field(max_length=4)]  # as many as OpenAI takes
 
 
 def as_list(stop):
-    return [stop] if isinstance(stop, str) else stop
+    return [stop] if isinstance(stop, str) else stop or None
+
+
+def not_too_cold(temperature):
+    """Logits are divided by it."""
+    if temperature is not None and 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"{temperature} is too small to divide by: send 0, or {MIN_TEMPERATURE} and more")
+    return temperature
 
 
 class ChatRequest(Part):
@@ -109,20 +149,20 @@ class ChatRequest(Part):
     `latent_temperature` is this project's own, sent by the stock client as `extra_body={"latent_temperature": 0.5}`.
     """
 
-    model: str
+    model: String
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    temperature: Annotated[float | None, AfterValidator(not_too_cold)] = Field(
+        default=None, ge=0, le=2, allow_inf_nan=False
+    )
     top_p: float | None = Field(default=None, gt=0, le=1)
     frequency_penalty: float | None = Field(default=None, gt=-1, le=2)
     seed: int | None = Field(default=None, ge=-SEEDS, lt=SEEDS)
-    stop: Annotated[list[StopText] | None, BeforeValidator(as_list), Field(max_length=4)] = (
-        None  # as many as OpenAI takes
-    )
-    latent_temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    stop: Annotated[StopTexts | None, BeforeValidator(as_list)] = None
+    latent_temperature: float | None = Field(default=None, ge=0, le=MAX_LATENT_TEMPERATURE, allow_inf_nan=False)
     # What clients send by default; another value is refused.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
@@ -151,10 +191,34 @@ def read_request(body):
     Raises:
         ValueError: what is wrong, in one sentence that names the field, the value and the remedy.
     """
+    _refuse_too_much(body)
     try:
         return ChatRequest.model_validate(body, context={"pixels": 0})
     except ValidationError as error:
         raise ValueError(_sentence(error.errors(include_url=False))) from error
+
+
+def _refuse_too_much(body):
+    """Counts messages, parts, images and characters, before any of them is looked at."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list):
+        return
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"`messages` are {len(messages)}, at most {MAX_MESSAGES} are taken: leave out early turns.")
+    num_characters = num_images = 0
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        if len(parts) > MAX_PARTS:
+            raise ValueError(
+                f"`messages.{number}.content` has {len(parts)} parts, at most {MAX_PARTS} are taken: send fewer."
+            )
+        parts = [part for part in parts if isinstance(part, dict)]
+        num_characters += sum(len(part["text"]) for part in parts if isinstance(part.get("text"), str))
+        num_images += sum("image_url" in part for part in parts)
+    for name, found, most in (("characters", num_characters, MAX_CHARACTERS), ("images", num_images, MAX_IMAGES)):
+        if found > most:
+            raise ValueError(f"`messages` have {found} {name} together, at most {most} are taken: send fewer.")
 
 
 def _sentence(problems):

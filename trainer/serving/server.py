@@ -148,7 +148,7 @@ class AMVLChatHandler(ChatCompletionHandler):
 
     async def handle_request(self, body, request_id):
         try:
-            request = read_request(body).model_dump(exclude_none=True)
+            request = (await asyncio.to_thread(read_request, body)).model_dump(exclude_none=True)
             return await super().handle_request({"latent_temperature": self.latent_temperature} | request, request_id)
         except (ValueError, TemplateError) as error:  # templates raise on turns in an order that they do not know
             raise HTTPException(400, str(error)) from error
@@ -218,6 +218,7 @@ def refuse_other_server():
 def error_body(message, status):
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode("utf-8", "replace").decode()  # it may quote what JSON can hold and UTF-8 cannot
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status_code=status)
 
 
