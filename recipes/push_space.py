@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 
 SPACE = Path(__file__).resolve().parents[1] / "model_cards" / "space"
+CONFIGS = {"config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"}  # name code
 
 
 def find_model(api, model, revision):
@@ -35,10 +36,10 @@ def find_model(api, model, revision):
     try:
         commit = api.model_info(model, revision=revision).sha
         files = set(api.list_repo_files(model, revision=commit))
-        config = {}
-        if "config.json" in files:
-            path = api.hf_hub_download(model, "config.json", revision=commit)
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = {}
+        for name in CONFIGS & files:
+            path = api.hf_hub_download(model, name, revision=commit)
+            settings[name] = json.loads(Path(path).read_text(encoding="utf-8"))
     except RevisionNotFoundError as error:
         raise ValueError(
             f"`revision` is {revision!r}, which `{model}` does not have: name a branch or a commit of it."
@@ -51,11 +52,20 @@ def find_model(api, model, revision):
         raise ValueError(
             f"`model` is {model!r}, an adapter: push the merged model (`trainer.adapters.merge_adapter`)."
         )
-    if config.get("model_type") != "amvl" or "auto_map" not in config:
+    config = settings.get("config.json")
+    config = config if isinstance(config, dict) else {}
+    if config.get("model_type") != "amvl" or "AutoModelForImageTextToText" not in (config.get("auto_map") or {}):
         raise ValueError(
             f"`model` is {model!r}, whose config.json is of type {config.get('model_type')!r} with code "
             f"{config.get('auto_map')}: the Space asks an AMVL model, as `save_pretrained` writes it with its code."
         )
+    for name, values in settings.items():
+        classes = values.get("auto_map") if isinstance(values, dict) else None
+        if "--" in json.dumps(classes):
+            raise ValueError(
+                f"`model` is {model!r}, whose {name} takes its code from another repository, {json.dumps(classes)[:200]}, at no "
+                "commit that the Space could name: push the model with its own code, as `trainer.hub.push_folder` does."
+            )
     return commit
 
 

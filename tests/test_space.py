@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -171,7 +172,6 @@ def test_the_picture_keeps_its_colours_where_z_moves_and_loses_them_elsewhere(ap
     assert picture.getpixel((200, 60)) == (200, 30, 30)
     assert len({*picture.getpixel((20, 60))}) == len({*picture.getpixel((200, 100))}) == 1
     assert "row 2, column 3" in caption and "25% of its length" in caption
-    assert "does not depend" in app.draw_map(photo, [0.0] * app.NUM_CELLS**2, "its length")[1]
 
 
 @pytest.mark.any_release
@@ -256,6 +256,42 @@ def test_a_model_that_is_not_pinned_or_has_no_latents_is_refused_in_a_sentence(
             part.save_pretrained(name)
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         app.load(name, revision)
+
+
+def test_code_of_another_repository_is_not_run(app, checkpoint, tmp_path):
+    """transformers would take it from a branch, whatever commit is named."""
+    for name, key in (("config.json", "AutoConfig"), ("processor_config.json", "AutoProcessor")):
+        folder = tmp_path / key
+        shutil.copytree(checkpoint, folder)
+        settings = json.loads((folder / name).read_text())
+        settings["auto_map"][key] = f"evil/code--{settings['auto_map'][key]}"
+        (folder / name).write_text(json.dumps(settings))
+        with pytest.raises(SystemExit, match=f"whose {name} takes its code from elsewhere.*evil/code--"):
+            app.load(str(folder), "")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        "{",
+        "{}",
+        "null",
+        "[null, 3]",
+        json.dumps([{"image": "../../etc/hostname", "question": "?"}, {"image": "config.json", "question": "?"}]),
+    ],
+    ids=["cut", "dict", "null", "no examples", "no photos"],
+)
+def test_examples_that_cannot_be_shown_are_left_out_and_said(app, checkpoint, tmp_path, listing, capsys):
+    (tmp_path / "examples.json").write_text(listing)
+    assert app.find_examples(str(tmp_path), "") == []
+    assert "left out" in capsys.readouterr().out
+
+
+def test_a_photo_of_one_colour_is_no_photo_that_does_not_matter(app):
+    photo = Image.new("RGB", (72, 72), "red")
+    assert "of one colour" in app.draw_map(photo, [0.0] * 36, "1")[1]
+    photo.putpixel((0, 0), (0, 0, 0))
+    assert "did not move Z" in app.draw_map(photo, [0.0] * 36, "1")[1]
 
 
 def test_examples_are_those_of_the_checkpoint_or_none(app, checkpoint, photos):
@@ -350,11 +386,21 @@ def test_the_published_space_names_its_model_and_one_commit_of_it(published):
         ("someone/stock", (), "of type 'llava'"),
         ("someone/adapter", (), "an adapter: push the merged model"),
         ("someone/bare", (), "of type None"),
+        ("someone/list", (), "of type None"),
+        ("someone/codeless", (), "of type 'amvl' with code {}"),
+        ("someone/elsewhere", (), "whose config.json takes its code from another repository"),
+        ("someone/processor", (), "whose processor_config.json takes its code from another repository"),
         ("someone/stock", ("--revision", "v9"), "'v9', which `someone/stock` does not have"),
     ],
 )
 def test_what_the_space_could_not_ask_is_not_published(hub, home, tmp_path, model, flags, sentence):
     contents = {"stock": {"config.json": {"model_type": "llava"}}, "bare": {"README.md": {}}}
+    own, other = "modeling_amvl.AMVLForConditionalGeneration", "evil/code--modeling_amvl.X"
+    contents["list"] = {"config.json": []}
+    contents["codeless"] = {"config.json": {"model_type": "amvl", "auto_map": {}}}
+    for name, code in (("elsewhere", other), ("processor", own)):
+        contents[name] = {"config.json": {"model_type": "amvl", "auto_map": {"AutoModelForImageTextToText": code}}}
+    contents["processor"]["processor_config.json"] = {"auto_map": {"AutoProcessor": other}}
     contents["adapter"] = {"config.json": {"model_type": "amvl", "auto_map": {}}, "adapter_config.json": {}}
     for name, files in contents.items():
         if f"someone/{name}" not in hub.models:
@@ -370,7 +416,8 @@ def test_what_the_space_could_not_ask_is_not_published(hub, home, tmp_path, mode
 
 
 def test_who_may_not_write_is_told(hub, home, published, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "amvl", "auto_map": {}}))
+    code = {"AutoModelForImageTextToText": "modeling_amvl.AMVLForConditionalGeneration"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "amvl", "auto_map": code}))
     run(hub, home, sys.executable, "-c", PUSH_MODEL, str(tmp_path), "someone/small")
     failed = push_space(hub, home, "someone/small", space="someone/none", token=READ_TOKEN, expect=1)
     assert "`space` is 'someone/none', to which nothing can be pushed" in failed.stderr

@@ -23,6 +23,7 @@ except ImportError:
 
 import gradio as gr
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers.image_utils import load_image
 from transformers.utils import cached_file, is_torch_cuda_available
 
 
@@ -47,6 +48,26 @@ GPU_SECONDS = 120  # of ZeroGPU, for one question
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def refuse_code_from_elsewhere(name, revision):
+    """Refuses a checkpoint whose code is not at its own commit: transformers takes `other/repository--file.Class` from a branch."""
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        try:
+            if (path := cached_file(name, file, revision=revision or None)) is None:
+                continue
+            with open(path, encoding="utf-8") as opened:
+                settings = json.load(opened)
+        except OSError:
+            continue  # there is none; the first one is missed when the model is loaded
+        except ValueError as error:
+            raise SystemExit(f"`MODEL` is {name!r}, whose {file} cannot be read: {error}") from error
+        classes = settings.get("auto_map") or {} if isinstance(settings, dict) else None
+        if not isinstance(classes, dict) or "--" in json.dumps(classes):
+            raise SystemExit(
+                f"`MODEL` is {name!r}, whose {file} takes its code from elsewhere, {json.dumps(classes)[:200]}, at no commit that is "
+                "named here: push the model with its own code, as `trainer.hub.push_folder` does."
+            )
+
+
 def load(name, revision):
     """
     Loads a checkpoint with the code that it carries, onto a GPU where there is one.
@@ -68,6 +89,7 @@ def load(name, revision):
             "`accelerate launch recipes/sft_amvl.py`."
         )
     source = {"revision": revision or None, "trust_remote_code": True}
+    refuse_code_from_elsewhere(name, revision)
     try:
         model_type = AutoConfig.from_pretrained(name, **source).model_type
     except (OSError, ValueError) as error:
@@ -83,14 +105,35 @@ def load(name, revision):
 
 
 def find_examples(name, revision):
-    """Photos and questions that come with a checkpoint, as `(path, question)`; none where it has no `examples.json`."""
-    source = {"revision": revision or None}
+    """Photos and questions that come with a checkpoint, as `(path, question)`; what cannot be shown is left out, and printed."""
+    source, found = {"revision": revision or None}, []
     try:
-        listing = cached_file(name, "examples.json", **source)
+        with open(cached_file(name, "examples.json", **source), encoding="utf-8") as file:
+            listed = json.load(file)
     except OSError:
+        return []  # it has none
+    except ValueError as error:
+        listed = f"no JSON ({error})"
+    if not isinstance(listed, list):
+        print(f"examples.json is left out: it is no list of examples but {str(listed)[:200]}.")
         return []
-    with open(listing, encoding="utf-8") as file:
-        return [(cached_file(name, example["image"], **source), example["question"]) for example in json.load(file)]
+    for example in listed:
+        image, question = (
+            (example.get("image"), example.get("question")) if isinstance(example, dict) else (None, None)
+        )
+        is_photo = isinstance(image, str) and re.fullmatch(
+            r"(?!.*\.\.)[\w][\w./ -]*\.(png|jpe?g|webp)", image, re.IGNORECASE
+        )
+        try:
+            if not is_photo or not isinstance(question, str):
+                raise ValueError("no photo of the checkpoint (`image`) with a `question`")
+            path = cached_file(name, image, **source)
+            load_image(path)
+        except (OSError, ValueError) as error:
+            print(f"An example is left out, {str(example)[:200]}: {error}.")
+            continue
+        found.append((path, question))
+    return found
 
 
 def encode(photos, question):
@@ -242,7 +285,9 @@ def draw_map(photo, moved, unit):
         opacity = round(255 * value / most) if most else 0
         picture.paste(cell, box, cell.convert("L").point([opacity] * 256))
     if not most:
-        return picture, "Greying cells out does not move Z: it does not depend on the photo."
+        if photo.getcolors(1) is not None:
+            return picture, "The photo is of one colour, so that greying a cell out changes nothing."
+        return picture, "Greying a cell out did not move Z anywhere."
     row, column = divmod(moved.index(most), NUM_CELLS)
     return picture, (
         f"In colour where greying a cell out moves Z; most in row {row + 1}, column {column + 1} of {NUM_CELLS} × {NUM_CELLS}, by "
