@@ -1,5 +1,6 @@
 """What a model card says of a diagnosis: verdict and main table, between markers, so that a later diagnosis replaces it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ MARKED = re.compile(rf"^{START}[ \t]*$.*?^{END}[ \t]*$", re.M | re.S)
 MARKER = re.compile(rf"^(?:{START}|{END})[ \t]*$", re.M)
 SECTION = re.compile(rf"(^{re.escape(HEADING)}[ \t]*$)(.*?)(?=^#{{1,2}} |\Z)", re.M | re.S)
 NOT_MEASURED = re.compile(
-    r"\n*Not measured: (?:this run had\s+no evaluation split|nothing here says so)\."
+    r"\n*Not measured: (?:this run had\s+no evaluation split|no evaluation was made before this was saved|nothing here says so)\."
     r"| ?Whether another row's latents would do as well was not measured\."
 )
 NUMBERS = (
@@ -93,6 +94,9 @@ def update_card(path, diagnosis):
     else:
         text = f"{text.rstrip()}\n\n{HEADING}\n\n{section}\n"
     path.write_text(text, encoding="utf-8")
+    kept = path.parent / "diagnosis" / "diagnosis.json"  # from which the card is written anew
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(diagnosis, indent=2), encoding="utf-8")
 
 
 def check_diagnosis(diagnosis, path):

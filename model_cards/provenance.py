@@ -128,7 +128,7 @@ def code_version(folder=Path(__file__).parents[1]):
         top is not None and Path(top) == Path(folder).resolve()
     ):  # not a repository that an environment happens to lie in
         found["commit"] = _git(folder, "rev-parse", "HEAD")
-        found["uncommitted"] = bool(_git(folder, "status", "--porcelain"))
+        found["uncommitted"] = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
     return found
 
 

@@ -366,7 +366,7 @@ def test_the_card_carries_verdict_and_table_and_a_later_one_replaces_it(used, tm
 
 
 HEADING, START, END = "## Does it use its latents?", "<!-- diagnosis -->", "<!-- /diagnosis -->"
-NOT_MEASURED = "Not measured: this run had no evaluation split."
+NOT_MEASURED = "Not measured: no evaluation was made before this was saved."
 
 
 def test_only_whole_lines_of_a_card_are_markers_and_headings(used, tmp_path):

@@ -49,7 +49,11 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
     args, info = trainer.args, getattr(trainer.train_dataset, "info", None)
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     loaded, backbone = config._name_or_path, config.backbone_config._name_or_path
-    base = next((name for name in (loaded, backbone) if is_hub_id(name)), None)
+    is_adapter = isinstance(trainer.model, PeftModel) and not is_merged
+    # An adapter goes on what was loaded and on nothing below it.
+    base = next(
+        (name for name in ((loaded or backbone,) if is_adapter else (loaded, backbone)) if is_hub_id(name)), None
+    )
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return TrainingFacts(
         title=title,
@@ -57,8 +61,8 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
         hub_model_id=trainer.hub_model_id,
         base=base,
         base_revision=model.base_commit if base in (loaded or backbone,) else None,
-        base_is_amvl=bool(loaded),
-        is_adapter=isinstance(trainer.model, PeftModel) and not is_merged,
+        base_is_amvl=bool(loaded) and base in (loaded, None),
+        is_adapter=is_adapter,
         is_trained=True,
         num_steps=num_steps,
         settings={name: getattr(args, name) for name in SHOWN}

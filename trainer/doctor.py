@@ -43,6 +43,16 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 LEAST_FREE = 2**30  # bytes: less is taken for a full disk
 SECONDS = 300  # for an import; the first one on a network disk takes its time
 SECONDS_TO_COMPILE = 600
+OF_LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+)
 MOST_CHARACTERS = 300  # of an error
 
 
@@ -227,7 +237,9 @@ def ask(code):
     """
     environment = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     paths = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
-    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # Where a launcher has set them for every shell, a process would wait for the others of its run.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
+    environment = {**kept, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     words = [sys.executable, "-c", code]
     try:
         done = subprocess.run(
@@ -407,10 +419,12 @@ def left_locks():
     Returns:
         `list[Path]`: those older than ten minutes, a file each.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
     locks = []
-    with contextlib.suppress(OSError):  # another process may remove one meanwhile
+    with contextlib.suppress(
+        OSError, RuntimeError
+    ):  # another process may remove one meanwhile; there may be no home folder
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
         locks = [path for path in folder.rglob("lock") if time.time() - path.stat().st_mtime > SECONDS_TO_COMPILE]
     return locks
 
@@ -427,15 +441,20 @@ def disk_space():
     """`tuple[str, list[str]]`: what is free where a run writes, and which of it is full."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
     places = {
-        "here": Path.cwd(),
-        "in the Hub's cache": Path(cache).expanduser(),
-        "for temporary files": tempfile.gettempdir(),
+        "here": Path.cwd,
+        "in the Hub's cache": lambda: Path(cache).expanduser(),
+        "for temporary files": lambda: Path(tempfile.gettempdir()),
     }
     told, faults = [], []
-    for name, place in places.items():
-        place = Path(place).absolute()
-        there = next(path for path in (place, *place.parents) if path.exists())
-        free = shutil.disk_usage(there).free
+    for name, find in places.items():
+        try:
+            place = find().absolute()
+            there = next(path for path in (place, *place.parents) if path.exists())
+            free = shutil.disk_usage(there).free
+        except (OSError, RuntimeError) as error:  # the folder is gone, may not be entered, or nobody knows it
+            told.append(f"not known {name}")
+            faults.append(f"no folder can be used {name}: {brief(error)}")
+            continue
         told.append(f"{free / 2**30:.1f} GiB {name}")
         if free < LEAST_FREE:
             faults.append(f"{free / 2**20:,.0f} MiB are free {name}, which is a full disk: make room")
@@ -446,9 +465,14 @@ def disk_space():
 
 def has_token():
     """Whether the Hub's libraries find a token; it is not read."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    try:
+        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    except RuntimeError:  # no home folder
+        return bool(os.environ.get("HF_TOKEN"))
     path = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
-    return bool(os.environ.get("HF_TOKEN")) or path.is_file()
+    with contextlib.suppress(OSError):
+        return bool(os.environ.get("HF_TOKEN")) or path.is_file()
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

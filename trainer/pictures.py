@@ -88,7 +88,7 @@ def plot_training_curves(log_history, path, title=None, phases=()):
             axis.legend(fontsize=8)
     named = "   ".join(f"{number}: {name}" for number, (name, _, _) in enumerate(phases, 1)) if len(phases) > 1 else ""
     if title or named:
-        figure.suptitle("\n".join(filter(None, [title, named])), fontsize=11)
+        figure.suptitle("\n".join(filter(None, [title, named])), fontsize=11, parse_math=False)
     if isinstance(path, (str, Path)):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,8 @@ class SummaryMixin:
             logger.warning("`%s.html` could not be written: %s: %s", NAME, type(error).__name__, error)
         else:
             if not (self.args.disable_tqdm or self._summary_told):
-                print(f"Training summary: {page}")
+                with contextlib.suppress(OSError, ValueError):  # nobody listens, or not in these letters
+                    print(f"Training summary: {page}")
             self._summary_told = True
 
     def _phases(self):
@@ -361,6 +362,8 @@ def write_summary(facts, log_history, found_phases, folder):
         (folder / f"{NAME}.png").write_bytes(picture)
     except ImportError as error:
         no_picture = f"No picture, since matplotlib cannot be imported ({error}): `pip install matplotlib`."
+    except Exception as error:
+        no_picture = f"No picture, since it could not be drawn: {type(error).__name__}: {error}"
     page = folder / f"{NAME}.html"
     write_atomically(
         page, html_page(facts["title"], _body(facts, log_history, found_phases, picture, no_picture), STYLE)
