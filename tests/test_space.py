@@ -225,6 +225,10 @@ def test_large_photos_and_those_of_other_modes_are_asked_about(app, images):
         assert read.mode == "RGB" and max(read.size) <= app.MAX_SIDE
 
 
+def test_a_token_of_the_template_in_a_question_is_text(app, images):
+    assert app.encode(images[:1], "where is <image>?")["input_ids"].shape[0] == 1
+
+
 def test_a_failure_of_the_model_is_a_sentence_and_a_traceback_in_the_log(app, images, monkeypatch, capfd):
     def fail(*_):
         raise RuntimeError("out of coffee")

@@ -149,6 +149,7 @@ def encode(photos, question):
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
+        sanitize_control_tokens=True,  # `<image>` in a question is text
     )
     return inputs.to(model.device, model.dtype)
 
@@ -514,7 +515,7 @@ def build_page(examples):
                 temperature = gr.Slider(
                     0,
                     MAX_TEMPERATURE,
-                    model.config.latent_temperature,
+                    min(model.config.latent_temperature, MAX_TEMPERATURE),
                     step=0.1,
                     label="Temperature of Z (0: its mean)",
                     elem_id="temperature",
