@@ -15,7 +15,21 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 
 
 SPACE = Path(__file__).resolve().parents[1] / "model_cards" / "space"
-CONFIGS = {"config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"}  # name code
+CONFIGS = {  # where transformers looks for the names of code, as in app.py
+    *("config.json", "processor_config.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+}
+
+
+def read_config(path):
+    """What a JSON file holds, and each `auto_map` in it, at any depth, as text."""
+    maps = []
+
+    def note(found):
+        maps.append(json.dumps(found.get("auto_map")))
+        return found
+
+    return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=note), maps
 
 
 def find_model(api, model, revision):
@@ -36,10 +50,7 @@ def find_model(api, model, revision):
     try:
         commit = api.model_info(model, revision=revision).sha
         files = set(api.list_repo_files(model, revision=commit))
-        settings = {}
-        for name in CONFIGS & files:
-            path = api.hf_hub_download(model, name, revision=commit)
-            settings[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+        paths = {name: api.hf_hub_download(model, name, revision=commit) for name in sorted(CONFIGS & files)}
     except RevisionNotFoundError as error:
         raise ValueError(
             f"`revision` is {revision!r}, which `{model}` does not have: name a branch or a commit of it."
@@ -52,20 +63,31 @@ def find_model(api, model, revision):
         raise ValueError(
             f"`model` is {model!r}, an adapter: push the merged model (`trainer.adapters.merge_adapter`)."
         )
-    config = settings.get("config.json")
-    config = config if isinstance(config, dict) else {}
-    if config.get("model_type") != "amvl" or "AutoModelForImageTextToText" not in (config.get("auto_map") or {}):
+    config, maps = {}, {}
+    for name, path in paths.items():
+        try:
+            settings, maps[name] = read_config(path)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`model` is {model!r}, whose {name} cannot be read: {error}: push it anew.") from error
+        if name == "config.json" and isinstance(settings, dict):
+            config = settings
+    auto_map = config.get("auto_map")
+    is_named = isinstance(auto_map, dict) and isinstance(auto_map.get("AutoModelForImageTextToText"), str)
+    if config.get("model_type") != "amvl" or not is_named:
         raise ValueError(
             f"`model` is {model!r}, whose config.json is of type {config.get('model_type')!r} with code "
-            f"{config.get('auto_map')}: the Space asks an AMVL model, as `save_pretrained` writes it with its code."
+            f"{auto_map}: the Space asks an AMVL model, as `save_pretrained` writes it with its code."
         )
-    for name, values in settings.items():
-        classes = values.get("auto_map") if isinstance(values, dict) else None
-        if "--" in json.dumps(classes):
+    for name, classes in ((name, classes) for name, found in maps.items() for classes in found):
+        if "--" in classes:
             raise ValueError(
-                f"`model` is {model!r}, whose {name} takes its code from another repository, {json.dumps(classes)[:200]}, at no "
+                f"`model` is {model!r}, whose {name} takes its code from another repository, {classes[:200]}, at no "
                 "commit that the Space could name: push the model with its own code, as `trainer.hub.push_folder` does."
             )
+    if "configuration_files" in config:
+        raise ValueError(
+            f"`model` is {model!r}, whose config.json has `configuration_files`, which would be read in its place: leave them out."
+        )
     return commit
 
 

@@ -189,6 +189,7 @@ def test_what_the_model_says_is_never_taken_for_html(app):
         ({"other": "unreadable"}, "The other photo cannot be read"),
         ({"photo": Image.new("1", (10_000, 5_001))}, "10000 × 5001 pixels, more than 50 million"),
         ({"photo": Image.new("RGB", (3, 400))}, "too few"),
+        ({"photo": Image.new("RGB", (20_000, 30))}, "20000 × 30 pixels: too few are left"),
         ({"photo": Image.new("I;16", (200, 200))}, "more than 8 bits"),
         ({"other": "same"}, "same as the photo"),
         ({"question": None}, "no question"),
@@ -200,6 +201,8 @@ def test_what_the_model_says_is_never_taken_for_html(app):
         ({"seed": None}, "seed has to be"),
         ({"seed": -1}, "seed has to be"),
         ({"seed": 2**32}, "seed has to be"),
+        ({"seed": 1.5}, "seed has to be a whole number"),
+        ({"seed": float("nan")}, "seed has to be"),
         ({"num_samples": 1000}, "has to be one of 8, 16"),
     ],
 )
@@ -225,8 +228,36 @@ def test_large_photos_and_those_of_other_modes_are_asked_about(app, images):
         assert read.mode == "RGB" and max(read.size) <= app.MAX_SIDE
 
 
-def test_a_token_of_the_template_in_a_question_is_text(app, images):
-    assert app.encode(images[:1], "where is <image>?")["input_ids"].shape[0] == 1
+@pytest.mark.parametrize("question", ["<image>", "A <latent> or <|end|>?", "<|assistant|>red"])
+def test_what_is_spelt_like_a_token_stays_text(app, images, question):
+    special = [app.processor.tokenizer.convert_tokens_to_ids(token) for token in app.tokens_in(question)]
+    plain = app.encode(images[:2], QUESTION)["input_ids"]
+    asked = app.encode(images[:2], question)["input_ids"]
+    assert special and all((asked == token).sum() == (plain == token).sum() for token in special)
+    assert question in app.processor.tokenizer.decode(asked[0])
+    assert set(app.answer(images[0], images[1], question, 0.0)) == {"on", "off", "shuffled", "other"}
+
+
+def test_a_token_that_a_processor_cannot_take_as_text_is_refused_in_a_sentence(app, images, monkeypatch):
+    known, stock = app.check_inputs(images[0], None, QUESTION, 0, 0, 8), type(app.processor).apply_chat_template
+
+    def without(self, *chats, sanitize_control_tokens=False, **settings):
+        if sanitize_control_tokens:
+            raise NotImplementedError("`sanitize_control_tokens=True` needs a template that writes special tokens")
+        return stock(self, *chats, **settings)
+
+    monkeypatch.setattr(type(app.processor), "apply_chat_template", without)
+    (shown,) = app.ask(images[0], None, "Where is <image>?", 0, 0, 8)
+    assert "The question holds &#x27;&lt;image&gt;&#x27;, which this model cannot read as text" in shown[0]
+    assert app.check_inputs(images[0], None, QUESTION, 0, 0, 8)[2:] == known[2:]  # others are asked
+
+
+def test_the_page_starts_within_its_slider_and_leaves_a_seed_as_it_is(app, monkeypatch, capsys):
+    monkeypatch.setattr(app.model.config, "latent_temperature", 5.0)
+    parts = {part.elem_id: part for part in app.build_page([]).blocks.values()}
+    assert parts["temperature"].value == parts["temperature"].maximum == app.MAX_TEMPERATURE
+    assert "`latent_temperature` is 5; the page starts at its own maximum, 3" in capsys.readouterr().out
+    assert parts["seed"].preprocess(1.5) == 1.5  # to be refused, not rounded
 
 
 def test_a_failure_of_the_model_is_a_sentence_and_a_traceback_in_the_log(app, images, monkeypatch, capfd):
@@ -262,16 +293,46 @@ def test_a_model_that_is_not_pinned_or_has_no_latents_is_refused_in_a_sentence(
         app.load(name, revision)
 
 
-def test_code_of_another_repository_is_not_run(app, checkpoint, tmp_path):
+def in_config(**changes):
+    return lambda settings: settings | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "config.json",
+            in_config(auto_map={"AutoConfig": "evil/code--c.X"}),
+            "takes its code from elsewhere.*evil/code--",
+        ),
+        ("config.json", in_config(text={"auto_map": {"AutoModel": "evil/code--c.X"}}), "elsewhere.*evil/code--"),
+        ("processor_config.json", in_config(auto_map={"AutoProcessor": "evil/code--p.X"}), "elsewhere.*evil/code--"),
+        ("tokenizer_config.json", in_config(auto_map=["evil/code--t.X", None]), "elsewhere.*evil/code--"),
+        ("video_preprocessor_config.json", in_config(auto_map={"A": "evil/code--v.X"}), "elsewhere.*evil/code--"),
+        ("config.json", in_config(configuration_files=["config.5.0.0.json"]), "has `configuration_files`"),
+        ("config.json", in_config(auto_map={}), "no code for `AutoModelForImageTextToText`.*{}"),
+        ("config.json", in_config(auto_map=None), "no code for `AutoModelForImageTextToText`.*null"),
+        (
+            "config.json",
+            in_config(auto_map="AutoModelForImageTextToText"),
+            "no code for `AutoModelForImageTextToText`",
+        ),
+        ("config.json", lambda _: [], "holds a `list` and no JSON object"),
+        ("processor_config.json", lambda _: 3, "holds a `int` and no JSON object"),
+    ],
+)
+def test_code_of_another_repository_is_not_run(app, checkpoint, tmp_path, monkeypatch, name, change, sentence):
     """transformers would take it from a branch, whatever commit is named."""
-    for name, key in (("config.json", "AutoConfig"), ("processor_config.json", "AutoProcessor")):
-        folder = tmp_path / key
-        shutil.copytree(checkpoint, folder)
-        settings = json.loads((folder / name).read_text())
-        settings["auto_map"][key] = f"evil/code--{settings['auto_map'][key]}"
-        (folder / name).write_text(json.dumps(settings))
-        with pytest.raises(SystemExit, match=f"whose {name} takes its code from elsewhere.*evil/code--"):
-            app.load(str(folder), "")
+    for file in app.CONFIGS:
+        if (checkpoint / file).exists():
+            shutil.copy(checkpoint / file, tmp_path)
+    settings = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    (tmp_path / name).write_text(json.dumps(change(settings)))
+    started = []
+    monkeypatch.setattr(app.AutoConfig, "from_pretrained", lambda *_, **__: started.append(True))
+    with pytest.raises(SystemExit, match=f"whose {name} .*{sentence}"):
+        app.load(str(tmp_path), "")
+    assert not started
 
 
 @pytest.mark.parametrize(
@@ -282,18 +343,31 @@ def test_code_of_another_repository_is_not_run(app, checkpoint, tmp_path):
         "null",
         "[null, 3]",
         json.dumps([{"image": "../../etc/hostname", "question": "?"}, {"image": "config.json", "question": "?"}]),
+        json.dumps([{"image": "link.png", "question": "?"}, {"image": "absent.png", "question": "?"}]),
+        json.dumps([{"image": "text.png", "question": "?"}, {"image": "photo.png"}]),
+        json.dumps([{"image": "photo.png", "question": 3}, {"image": "huge.png", "question": "?"}]),
     ],
-    ids=["cut", "dict", "null", "no examples", "no photos"],
+    ids=["cut", "dict", "null", "no examples", "no photos", "not there", "no question", "too large"],
 )
-def test_examples_that_cannot_be_shown_are_left_out_and_said(app, checkpoint, tmp_path, listing, capsys):
-    (tmp_path / "examples.json").write_text(listing)
-    assert app.find_examples(str(tmp_path), "") == []
-    assert "left out" in capsys.readouterr().out
+def test_examples_that_cannot_be_shown_are_left_out_and_said(app, photos, tmp_path, listing, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 144 * 144)  # PIL refuses twice as many
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(photos[0], folder / "photo.png")
+    (folder / "link.png").symlink_to(photos[0])
+    (folder / "text.png").write_text("hello")
+    Image.new("1", (300, 300)).save(folder / "huge.png")
+    (folder / "examples.json").write_text(listing)
+    assert app.find_examples(str(folder), "") == []
+    assert len(re.findall("^.*left out", capsys.readouterr().out, re.MULTILINE)) == (2 if listing[0] == "[" else 1)
+    (folder / "examples.json").write_text(json.dumps([None, {"image": "photo.png", "question": QUESTION}]))
+    assert app.find_examples(str(folder), "") == [(str(folder / "photo.png"), QUESTION)]  # the others remain
 
 
 def test_a_photo_of_one_colour_is_no_photo_that_does_not_matter(app):
     photo = Image.new("RGB", (72, 72), "red")
     assert "of one colour" in app.draw_map(photo, [0.0] * 36, "1")[1]
+    assert "of one colour" in app.draw_map(photo, [0.0] * 35 + [1e-7], "1")[1]  # what rounding leaves
     photo.putpixel((0, 0), (0, 0, 0))
     assert "did not move Z" in app.draw_map(photo, [0.0] * 36, "1")[1]
 
@@ -393,6 +467,9 @@ def test_the_published_space_names_its_model_and_one_commit_of_it(published):
         ("someone/list", (), "of type None"),
         ("someone/codeless", (), "of type 'amvl' with code {}"),
         ("someone/elsewhere", (), "whose config.json takes its code from another repository"),
+        ("someone/nested", (), "whose config.json takes its code from another repository"),
+        ("someone/replaced", (), "has `configuration_files`"),
+        ("someone/text", (), "whose config.json cannot be read"),
         ("someone/processor", (), "whose processor_config.json takes its code from another repository"),
         ("someone/stock", ("--revision", "v9"), "'v9', which `someone/stock` does not have"),
     ],
@@ -404,6 +481,12 @@ def test_what_the_space_could_not_ask_is_not_published(hub, home, tmp_path, mode
     contents["codeless"] = {"config.json": {"model_type": "amvl", "auto_map": {}}}
     for name, code in (("elsewhere", other), ("processor", own)):
         contents[name] = {"config.json": {"model_type": "amvl", "auto_map": {"AutoModelForImageTextToText": code}}}
+    for name, more in (
+        ("nested", {"text": {"auto_map": {"AutoModel": other}}}),
+        ("replaced", {"configuration_files": []}),
+    ):
+        contents[name] = {"config.json": contents["processor"]["config.json"] | more}
+    contents["text"] = {"config.json": None}
     contents["processor"]["processor_config.json"] = {"auto_map": {"AutoProcessor": other}}
     contents["adapter"] = {"config.json": {"model_type": "amvl", "auto_map": {}}, "adapter_config.json": {}}
     for name, files in contents.items():
@@ -411,7 +494,7 @@ def test_what_the_space_could_not_ask_is_not_published(hub, home, tmp_path, mode
             folder = tmp_path / name
             folder.mkdir()
             for file, content in files.items():
-                (folder / file).write_text(json.dumps(content))
+                (folder / file).write_text("{" if content is None else json.dumps(content))
             if model == f"someone/{name}":
                 run(hub, home, sys.executable, "-c", PUSH_MODEL, str(folder), f"someone/{name}")
     failed = push_space(hub, home, model, *flags, space="someone/none", expect=1)

@@ -13,6 +13,7 @@ import re
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
 
 try:
@@ -25,6 +26,7 @@ import gradio as gr
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.image_utils import load_image
 from transformers.utils import cached_file, is_torch_cuda_available
+from transformers.utils.hub import is_offline_mode
 
 
 MODEL = os.environ.get("MODEL", "amvl-demo")
@@ -48,24 +50,67 @@ GPU_SECONDS = 120  # of ZeroGPU, for one question
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Where transformers looks for the names of code.
+CONFIGS = (
+    *("config.json", "processor_config.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
+
+
+def read_config(path):
+    """What a JSON file holds, and each `auto_map` in it, at any depth, as text."""
+    maps = []
+
+    def note(found):
+        maps.append(json.dumps(found.get("auto_map")))
+        return found
+
+    return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=note), maps
+
+
 def refuse_code_from_elsewhere(name, revision):
     """Refuses a checkpoint whose code is not at its own commit: transformers takes `other/repository--file.Class` from a branch."""
-    for file in ("config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+    # Only a file that is known to be missing is passed over; without any connection, what is not here is not loaded either.
+    settled = {
+        "revision": revision or None,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": not is_offline_mode(),
+    }
+    for file in CONFIGS:
         try:
-            if (path := cached_file(name, file, revision=revision or None)) is None:
-                continue
-            with open(path, encoding="utf-8") as opened:
-                settings = json.load(opened)
-        except OSError:
-            continue  # there is none; the first one is missed when the model is loaded
-        except ValueError as error:
+            if (path := cached_file(name, file, **settled)) is None:
+                continue  # without config.json nothing is loaded
+            settings, maps = read_config(path)
+        except OSError as error:
+            raise SystemExit(f"`MODEL` is {name!r}, which cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise SystemExit(f"`MODEL` is {name!r}, whose {file} cannot be read: {error}") from error
-        classes = settings.get("auto_map") or {} if isinstance(settings, dict) else None
-        if not isinstance(classes, dict) or "--" in json.dumps(classes):
+        if not isinstance(settings, dict):
             raise SystemExit(
-                f"`MODEL` is {name!r}, whose {file} takes its code from elsewhere, {json.dumps(classes)[:200]}, at no commit that is "
-                "named here: push the model with its own code, as `trainer.hub.push_folder` does."
+                f"`MODEL` is {name!r}, whose {file} holds a `{type(settings).__name__}` and no JSON object: save the model anew."
             )
+        for classes in maps:
+            if "--" in classes:
+                raise SystemExit(
+                    f"`MODEL` is {name!r}, whose {file} takes its code from elsewhere, {classes[:200]}, at no commit that is named "
+                    "here: push the model with its own code, as `trainer.hub.push_folder` does."
+                )
+        if "configuration_files" in settings:
+            raise SystemExit(
+                f"`MODEL` is {name!r}, whose {file} has `configuration_files`, which would be read in its place: leave them out."
+            )
+        classes = settings.get("auto_map")
+        is_named = isinstance(classes, dict) and isinstance(classes.get("AutoModelForImageTextToText"), str)
+        if file == "config.json" and settings.get("model_type") == "amvl" and not is_named:
+            raise SystemExit(
+                f"`MODEL` is {name!r}, whose config.json names no code for `AutoModelForImageTextToText` in its `auto_map`, "
+                f"{json.dumps(classes)[:200]}: push the model with its own code, as `trainer.hub.push_folder` does."
+            )
+    if not os.path.isdir(name) and cached_file(name, "adapter_config.json", **settled) is not None:
+        raise SystemExit(
+            f"`MODEL` is {name!r}, an adapter, whose base no commit pins: push the merged model "
+            "(`trainer.adapters.merge_adapter`)."
+        )
 
 
 def load(name, revision):
@@ -80,7 +125,7 @@ def load(name, revision):
         `tuple`: the processor and the model.
 
     Raises:
-        SystemExit: a Hub id without a commit, or no AMVL model.
+        SystemExit: a Hub id without a commit, no AMVL model, or one that brings no code of its own.
     """
     if not os.path.isdir(name) and not re.fullmatch("[0-9a-f]{40}", revision):
         raise SystemExit(
@@ -108,15 +153,17 @@ def find_examples(name, revision):
     """Photos and questions that come with a checkpoint, as `(path, question)`; what cannot be shown is left out, and printed."""
     source, found = {"revision": revision or None}, []
     try:
-        with open(cached_file(name, "examples.json", **source), encoding="utf-8") as file:
+        listing = cached_file(name, "examples.json", **source)
+        with open(listing, encoding="utf-8") as file:
             listed = json.load(file)
     except OSError:
         return []  # it has none
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         listed = f"no JSON ({error})"
     if not isinstance(listed, list):
         print(f"examples.json is left out: it is no list of examples but {str(listed)[:200]}.")
         return []
+    root = os.path.dirname(os.path.realpath(listing))  # the Hub's cache links to files that lie beside each other
     for example in listed:
         image, question = (
             (example.get("image"), example.get("question")) if isinstance(example, dict) else (None, None)
@@ -128,30 +175,42 @@ def find_examples(name, revision):
             if not is_photo or not isinstance(question, str):
                 raise ValueError("no photo of the checkpoint (`image`) with a `question`")
             path = cached_file(name, image, **source)
+            if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                raise ValueError("a link out of the checkpoint")
             load_image(path)
-        except (OSError, ValueError) as error:
-            print(f"An example is left out, {str(example)[:200]}: {error}.")
+        except Exception as error:  # whatever PIL raises on what is no picture
+            print(f"An example is left out, {str(example)[:200]}: {' '.join(str(error).split())}.")
             continue
         found.append((path, question))
     return found
 
 
-def encode(photos, question):
-    """The prompts of one question about several photos, on the model's device."""
+def tokens_in(question):
+    """The added tokens, such as the image's, that a question spells."""
+    return [token for token in processor.tokenizer.added_tokens_encoder if token.strip() and token in question]
+
+
+def tokenize(photos, question):
+    """The prompts of one question about several photos; what is spelt like a token in it stays text."""
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": question}]}]
         for photo in photos
     ]
-    inputs = processor.apply_chat_template(
+    as_text = {"sanitize_control_tokens": True} if tokens_in(question) else {}  # not every processor can
+    return processor.apply_chat_template(
         chats,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
-        sanitize_control_tokens=True,  # `<image>` in a question is text
+        **as_text,
     )
-    return inputs.to(model.device, model.dtype)
+
+
+def encode(photos, question):
+    """The same on the model's device."""
+    return tokenize(photos, question).to(model.device, model.dtype)
 
 
 def decode(sequences, inputs):
@@ -280,13 +339,16 @@ def draw_map(photo, moved, unit):
     scale = max(1, round(480 / max(photo.size)))
     photo = photo.resize((photo.width * scale, photo.height * scale), 3)  # 3 is bicubic
     picture = photo.convert("L").point(lambda value: 190 + value // 5).convert("RGB")
+    is_one_colour = photo.getcolors(1) is not None
     most = max(moved)
+    if is_one_colour and most < 0.01:  # nothing changed: what is left is bfloat16's rounding
+        most = 0
     for box, value in zip(boxes(photo), moved):
         cell = photo.crop(box)
         opacity = round(255 * value / most) if most else 0
         picture.paste(cell, box, cell.convert("L").point([opacity] * 256))
     if not most:
-        if photo.getcolors(1) is not None:
+        if is_one_colour:
             return picture, "The photo is of one colour, so that greying a cell out changes nothing."
         return picture, "Greying a cell out did not move Z anywhere."
     row, column = divmod(moved.index(most), NUM_CELLS)
@@ -363,9 +425,12 @@ def check_photo(image, which):
         image = image.convert("RGB")
     except Exception as error:  # a file that is cut short
         raise Refused(f"The {which} is damaged: it ends too early. {hint}") from error
+    given = f"The {which} has {image.width} × {image.height} pixels"
+    if min(image.size) < NUM_CELLS:
+        raise Refused(f"{given}, too few to see anything on.")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     if min(image.size) < NUM_CELLS:
-        raise Refused(f"The {which} has {image.width} × {image.height} pixels, too few to see anything on.")
+        raise Refused(f"{given}: too few are left once its longer side is scaled down to {MAX_SIDE}. Crop it.")
     return image
 
 
@@ -377,6 +442,13 @@ def check_inputs(photo, other, question, temperature, seed, num_samples):
         raise Refused("There is no question yet. Type one.")
     if len(question) > MAX_QUESTION:
         raise Refused(f"The question has {len(question)} characters, more than {MAX_QUESTION}. Shorten it.")
+    if tokens := tokens_in(question):
+        try:
+            tokenize([photo], question)
+        except Exception as error:  # whatever a processor raises that cannot
+            raise Refused(
+                f"The question holds {tokens[0]!r}, which this model cannot read as text. Take it out."
+            ) from error
     other = None if other is None else check_photo(other, "other photo")
     if other is not None and other.size == photo.size and other.tobytes() == photo.tobytes():
         raise Refused(
@@ -384,7 +456,7 @@ def check_inputs(photo, other, question, temperature, seed, num_samples):
         )
     if temperature is None or not 0 <= temperature <= MAX_TEMPERATURE:
         raise Refused(f"The temperature has to be from 0 to {MAX_TEMPERATURE:g}.")
-    if seed is None or not 0 <= seed <= MAX_SEED:
+    if seed is None or not 0 <= seed <= MAX_SEED or seed != int(seed):
         raise Refused(f"The seed has to be a whole number from 0 to {MAX_SEED}.")
     if num_samples not in NUM_SAMPLES:
         raise Refused(f"The number of draws has to be one of {', '.join(map(str, NUM_SAMPLES))}.")
@@ -487,6 +559,11 @@ def build_page(examples):
     name = os.path.basename(os.path.normpath(MODEL)) if os.path.isdir(MODEL) else MODEL
     lenders = [path for path, _ in examples[1:] + examples[:1]] if len(examples) > 1 else [None] * len(examples)
     path, text = examples[0] if examples else (None, None)
+    default = model.config.latent_temperature
+    if default > MAX_TEMPERATURE:
+        print(
+            f"The model's `latent_temperature` is {default:g}; the page starts at its own maximum, {MAX_TEMPERATURE:g}."
+        )
     image = {"type": "pil", "image_mode": None, "sources": "upload", "buttons": [], "min_width": 140, "height": 240}
     with gr.Blocks(title="Ask a photo, with and without latents", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION.format(name=f"`{name}`", num_latents=model.config.num_latents))
@@ -515,13 +592,13 @@ def build_page(examples):
                 temperature = gr.Slider(
                     0,
                     MAX_TEMPERATURE,
-                    min(model.config.latent_temperature, MAX_TEMPERATURE),
+                    min(default, MAX_TEMPERATURE),
                     step=0.1,
                     label="Temperature of Z (0: its mean)",
                     elem_id="temperature",
                 )
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
+                    seed = gr.Number(0, label="Seed", min_width=120, elem_id="seed")  # `precision=0` would round
                     num_samples = gr.Radio(
                         [(f"{number} draws", number) for number in NUM_SAMPLES],
                         value=NUM_SAMPLES[0],
