@@ -341,7 +341,7 @@ def draw_map(photo, moved, unit):
     picture = photo.convert("L").point(lambda value: 190 + value // 5).convert("RGB")
     is_one_colour = photo.getcolors(1) is not None
     most = max(moved)
-    if is_one_colour and most < 0.01:  # nothing changed: what is left is bfloat16's rounding
+    if is_one_colour and most < 0.01:  # nothing changed; batches of other sizes may round otherwise
         most = 0
     for box, value in zip(boxes(photo), moved):
         cell = photo.crop(box)
