@@ -316,6 +316,7 @@ BAD = {
     "messages that are a text": ({"messages": "hello"}, r"`messages`.*'hello'"),
     "a message without content": ({"messages": [{"role": "user"}]}, r"`messages.0.content` is missing"),
     "a role": ({"messages": [{"role": "tool", "content": "x"}]}, r"`messages.0.role`.*'tool'"),
+    "a model's name without end": ({"model": "x" * 10**5}, r"`model`.*at most 256 characters"),
     "another model": ({"model": "gpt-4"}, r"'amvl-demo'.*'gpt-4'"),
     "broken base64": (about("data:image/png;base64,@@@@"), r"`messages.0.content.0.image_url.url`.*base64 is broken"),
     "no image": (about(data_url(b"no image at all")), r"cannot be read"),
@@ -395,6 +396,32 @@ def test_half_a_character_is_refused(server, body):
         urllib.request.urlopen(asked, timeout=60)
     assert raised.value.code == 400
     assert "half of a character" in json.loads(raised.value.read())["error"]["message"]
+
+
+MANY = dict.fromkeys(map(str, range(1000)), 1)
+UNKNOWN = {
+    "the request": (MANY, "`0` is not"),
+    "a message": ({"messages": [{"role": "user", "content": "x"} | MANY]}, "`messages.0`: `0` is not"),
+    "a part": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"} | MANY]}]},
+        "`messages.0.content.0`: `0` is not",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": RED} | MANY}]}]},
+        "`messages.0.content.0.image_url`: `0` is not",
+    ),
+    "a name without end": ({"x" * 10**6: 1}, f"`{'x' * 256}` is not"),
+    "half a character": ({"\ud800": 1}, "`?` is not"),
+}
+
+
+@pytest.mark.parametrize("body", UNKNOWN.values(), ids=UNKNOWN)
+def test_of_many_unknown_fields_the_first_is_told_and_no_error_made_of_the_others(body):
+    fields, sentence = body
+    with pytest.raises(ValueError) as raised:
+        requests.read_request({"model": NAME} | about(RED) | fields)
+    assert str(raised.value) == f"{sentence} supported by this server: leave it out."
+    assert raised.value.__cause__.error_count() == 1
 
 
 def test_no_stop_is_no_stop():
@@ -555,6 +582,25 @@ def test_an_answer_that_nobody_reads_is_given_up(here, images, monkeypatch):
     assert ends.get(timeout=60) == "_GenerationCancelled"
 
 
+def test_health_answers_while_a_request_is_read(here, images, monkeypatch):
+    address, _ = here
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    reading, answered = threading.Event(), threading.Event()
+
+    def slowly(body):
+        reading.set()
+        assert answered.wait(30), "/health waits for the request"
+        return requests.read_request(body)
+
+    monkeypatch.setattr("trainer.serving.server.read_request", slowly)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask, client, ask_about(images[0]))
+        assert reading.wait(30)
+        assert fetch(f"{address}/health") == (200, {"status": "ok"})
+        answered.set()
+        assert asked.result(60)[1] == "length"
+
+
 def test_a_failing_model_is_a_sentence_and_not_a_stack_trace(here, images, monkeypatch):
     address, model = here
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
@@ -609,7 +655,13 @@ def test_a_checkpoint_that_is_not_there_is_not_served(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"latent_temperature": -1.0}, {"latent_temperature": float("nan")}, {"max_request_mib": 0}, {"port": 70_000}],
+    [
+        {"latent_temperature": -1.0},
+        {"latent_temperature": 1e308},
+        {"latent_temperature": float("nan")},
+        {"max_request_mib": 0},
+        {"port": 70_000},
+    ],
 )
 def test_a_bad_setting_is_refused_by_name(settings):
     (name,) = settings

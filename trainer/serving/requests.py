@@ -22,6 +22,7 @@ MAX_CHARACTERS = 2**18  # of all texts together
 MAX_MESSAGES = 256
 MAX_PARTS = 64  # of a message
 MAX_IMAGES = 32
+MAX_NAME = 256  # of a model or a field
 MAX_PIXELS = 2**25  # of all images together
 MIN_TEMPERATURE = 0.01
 MAX_LATENT_TEMPERATURE = 100  # standard deviations of a latent; beyond, numbers overflow
@@ -74,12 +75,20 @@ def _pixels_of(data):
 class Part(BaseModel):
     """A piece of a request; `null` stands for a field that is left out, as clients send back what they were sent."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
     @model_validator(mode="before")
     @classmethod
-    def drop_null(cls, value: Any):
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+    def known_fields(cls, value: Any):
+        if not isinstance(value, dict):
+            return value
+        value = {key: item for key, item in value.items() if item is not None}
+        # The first alone: `extra="forbid"` would make an error of each, of which a request may hold a million.
+        for key in value:
+            if key not in cls.model_fields:
+                name = key[:MAX_NAME].encode("utf-8", "replace").decode()
+                raise ValueError(f"`{name}` is not supported by this server: leave it out")
+        return value
 
 
 def refuse_surrogates(text):
@@ -149,7 +158,7 @@ class ChatRequest(Part):
     `latent_temperature` is this project's own, sent by the stock client as `extra_body={"latent_temperature": 0.5}`.
     """
 
-    model: String
+    model: Annotated[str, Field(max_length=MAX_NAME), BeforeValidator(refuse_surrogates)]
     messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -226,8 +235,6 @@ def _sentence(problems):
     # Without pydantic's name for the kind of a part, which stands behind its number.
     steps = zip((None, *problem["loc"]), problem["loc"])
     where = ".".join(str(step) for before, step in steps if not (isinstance(before, int) and step in PART_TYPES))
-    if problem["type"] == "extra_forbidden":
-        return f"`{where}` is not supported by this server: leave it out."
     if problem["type"] == "missing":
         return f"`{where}` is missing."
     message = problem["msg"].removeprefix("Value error, ")

@@ -36,7 +36,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState, Modality
 
 from .proof import prove_latents
-from .requests import read_request
+from .requests import MAX_LATENT_TEMPERATURE, read_request
 
 
 logger = logging.getLogger(__name__)
@@ -386,8 +386,8 @@ def serve(
         ValueError: a setting out of range, a checkpoint that is not ours or untrained, latents that do not reach the decoder.
         OSError: the port is taken, or the checkpoint is not there.
     """
-    if latent_temperature is not None and not 0 <= latent_temperature < float("inf"):
-        raise ValueError(f"`latent_temperature` must be 0 or more, got {latent_temperature}.")
+    if latent_temperature is not None and not 0 <= latent_temperature <= MAX_LATENT_TEMPERATURE:
+        raise ValueError(f"`latent_temperature` must be from 0 to {MAX_LATENT_TEMPERATURE}, got {latent_temperature}.")
     if not max_request_mib > 0:
         raise ValueError(f"`max_request_mib` must be above 0, got {max_request_mib}.")
     if not 0 <= port < 2**16:
