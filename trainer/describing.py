@@ -30,13 +30,13 @@ CACHED = re.compile(r"/(?P<owner>[\w.-]+?)___(?P<name>[\w.-]+)/[^/]+/[^/]+/(?P<r
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_names=(), is_merged=False):
+def training_facts(trainer, model, title, last_evaluation, num_steps, dataset_names=(), is_merged=False):
     """
     The facts of what a trainer saves.
 
     Args:
         trainer ([`AMVLSFTTrainer`]): after any number of steps.
-        config (`AMVLConfig`): of its model.
+        model ([`AMVLForConditionalGeneration`]): its model, without PEFT's wrapper.
         title (`str`): the model's name.
         last_evaluation (`dict`): `step`, and what was logged.
         num_steps (`int`): optimiser steps behind the weights.
@@ -47,7 +47,7 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
         [`~model_cards.facts.TrainingFacts`].
     """
     args, info = trainer.args, getattr(trainer.train_dataset, "info", None)
-    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    config = model.config
     loaded, backbone = config._name_or_path, config.backbone_config._name_or_path
     is_adapter = isinstance(trainer.model, PeftModel) and not is_merged
     # An adapter goes on what was loaded and on nothing below it.
@@ -60,7 +60,7 @@ def training_facts(trainer, config, title, last_evaluation, num_steps, dataset_n
         latents={name: getattr(config, name) for name in LATENTS},
         hub_model_id=trainer.hub_model_id,
         base=base,
-        base_revision=model.base_commit if base in (loaded or backbone,) else None,
+        base_revision=model.base_commit if base == (loaded or backbone) else None,
         base_is_amvl=bool(loaded) and base in (loaded, None),
         is_adapter=is_adapter,
         is_trained=True,

@@ -438,7 +438,7 @@ class AMVLSFTTrainer(
         """The card, and what it is made of as `amvl_training.json`, from which recipes/write_card.py makes it again."""
         facts = training_facts(
             self,
-            amvl_model(self.model).config,
+            amvl_model(self.model),
             model_name or Path(self.args.output_dir).absolute().name,
             self._last_evaluation,
             self._step_of_weights(),
