@@ -8,6 +8,7 @@ import torch
 
 from .base import add_latents, load_base
 from .data.color_steps import FIRST_STEPS, IMAGE_SIZE, build_color_steps
+from .data.rows import texts_of
 from .diagnostics.interventions import swap_cost
 from .evaluation import accuracy_on, answer_questions, answer_text, format_table, guesses
 from .tiny_training import train_amvl, train_sft
@@ -137,7 +138,7 @@ def save_examples(output_dir, arguments):
 
 def question_text(row):
     """What a row asks."""
-    return next(part["text"] for part in row["prompt"][0]["content"] if part["type"] == "text")
+    return texts_of(row["prompt"])[0]
 
 
 EXPLANATION = """\
