@@ -115,7 +115,9 @@ def run_demo(arguments):
     save_examples(output_dir, arguments)
     print(f"\n{settings}\n\n{table}\n")
     print(EXPLANATION)
-    print(f"\nCheckpoint: {output_dir}, curves: {curves}. To ask it, anywhere, with torch and transformers alone:\n")
+    print(
+        f"\nCheckpoint: {output_dir}, curves: {curves}. To ask it, anywhere, with torch, transformers and pillow alone:\n"
+    )
     print(
         LOADING_LINES.format(folder=output_dir, image=output_dir / "example.png", question=question_text(test_rows[0]))
     )
